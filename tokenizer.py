@@ -1,0 +1,415 @@
+"""Efficient transformer (Dreamer 4, Section 3.4) and causal tokenizer (Section 3.1).
+
+Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, soft cap, GQA,
+                                                space layers with one time layer in every four
+Section 3.1  Tokenizer                          frames -> tanh latents -> frames, causal in time
+Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running RMS
+Shape letters, here and everywhere: B batch, T frames, S tokens in a frame, D width,
+Z latent channels, H W pixels. Departures from the paper: README, "Departures".
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import UserError
+
+PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scales recorded play to about zero mean, unit variance
+
+
+# ------------------------------------------------------- Section 3.4: efficient transformer
+
+def attend(q, k, v, mask, soft_cap):
+    """Grouped-query attention with capped logits, computed in fp32.
+
+    q (..., heads, L, E), k and v (..., kv_heads, M, E), mask None or broadcastable to
+    (..., kv_heads, heads / kv_heads, L, M), True = may attend. Returns (..., heads, L, E).
+    """
+    *lead, heads, L, E = q.shape
+    kv_heads, M = k.shape[-3:-1]
+    group = heads // kv_heads
+    q = q.reshape(*lead, kv_heads, group * L, E)    # subtle: query heads of a group lie in a row
+    logits = (q @ k.transpose(-1, -2)).float() * E ** -0.5
+    logits = (soft_cap * torch.tanh(logits / soft_cap)).view(*lead, kv_heads, group, L, M)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(-1).to(v.dtype).view(*lead, kv_heads, group * L, M)
+    return (weights @ v).view(*lead, heads, L, E)
+
+
+def rope_angles(positions, size, base=1000.0):
+    """positions (L,) integers -> cos and sin (L, size / 2), fp32."""
+    frequency = base ** (-torch.arange(size // 2, device=positions.device) / (size // 2))
+    angle = positions[:, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding of x (..., L, E): the product of two depends on their distance."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def reader_mask(others, readers, device=None):
+    """(S, S) modality mask, True = may attend: the last `readers` tokens of a frame see all of it,
+    the first `others` see only each other. Encoder: latents read patches; decoder: patch queries
+    read latents; dynamics: agent tokens read the world."""
+    sees_all = torch.arange(others + readers, device=device) >= others
+    return sees_all[:, None] | ~sees_all[None, :]
+
+
+def time_mask(query_frames, key_frames, context):
+    """(L,) and (M,) frame indices -> (L, M), True = may attend: itself and context - 1 earlier."""
+    age = query_frames[:, None] - key_frames[None, :]
+    return (age >= 0) & (age < context)
+
+
+class Cache:
+    """Keys and values of the time layers for the last `context` frames, as a ring.
+
+    A forward of one frame writes into the slot of frame `t`, and only `advance` moves on: the K
+    denoising passes of a frame overwrite each other, and the commit pass is what stays.
+    """
+
+    def __init__(self, context, t=0):
+        self.context, self.start, self.t, self.layers = context, t, t, {}
+
+    def key_frames(self, T, device):
+        """Frame indices of the keys that `put` returns beside T > 1 new frames."""
+        first = max(self.start, self.t - self.context)
+        return torch.arange(first, self.t + T, device=device)
+
+    def _held(self, ring, end):
+        """The ring's entries for the frames before `end`, (..., frames, n, E)."""
+        C, first = self.context, max(self.start, end - self.context)
+        low, high = first % C, (end - 1) % C + 1
+        slots = slice(low, high) if low < high else torch.arange(first, end) % C
+        return ring[..., slots, :, :] if end > first else ring[..., :0, :, :]
+
+    def put(self, layer, k, v):
+        """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to attend to."""
+        T, C, t = k.shape[-3], self.context, self.t
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
+        out = []
+        for ring, x in zip(self.layers[layer], (k, v), strict=True):
+            if T == 1:          # all slots of a full ring lie inside the window, in any order
+                ring[..., t % C, :, :] = x[..., 0, :, :]
+                x = ring if t + 1 - self.start >= C else self._held(ring, t + 1)
+            else:
+                kept, x = x[..., -C:, :, :], torch.cat([self._held(ring, t), x], -3)
+                ring[..., torch.arange(t + T)[-min(T, C):] % C, :, :] = kept
+            out.append(x.flatten(-3, -2))
+        return out
+
+    def advance(self, T=1):
+        self.t += T
+
+    def copy_rows(self, rows, other):
+        """Replace batch rows (n,) by the rows of another cache that stands at the same frame."""
+        assert (other.t, other.context) == (self.t, self.context), (other.t, self.t)
+        for layer, rings in self.layers.items():
+            for ring, new in zip(rings, other.layers[layer], strict=True):
+                ring[rows] = new
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer: over the tokens of a frame ("space"), over the frames of a
+    token ("time"), or over all tokens of all frames ("dense", the paper's ablation)."""
+
+    def __init__(self, cfg, kind):
+        super().__init__()
+        self.kind, self.heads, self.kv_heads = kind, cfg.heads, cfg.kv_heads
+        self.size, self.soft_cap = cfg.dim // cfg.heads, cfg.soft_cap
+        self.q = nn.Linear(cfg.dim, cfg.heads * self.size, bias=False)
+        self.k = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
+        self.v = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
+        self.out = nn.Linear(cfg.heads * self.size, cfg.dim, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
+
+    def split(self, x, heads):
+        """(B, T, S, heads * E) -> (B, T, heads, S, E), (B, S, heads, T, E) or
+        (B, 1, heads, T * S, E): the axis that attends stands last but one."""
+        B, T, S, _ = x.shape
+        x = x.view(B, T, S, heads, self.size)
+        if self.kind == "dense":
+            return x.view(B, 1, T * S, heads, self.size).transpose(2, 3)
+        return x.transpose(2, 3) if self.kind == "space" else x.permute(0, 2, 3, 1, 4)
+
+    def forward(self, x, angles, mask, cache=None, layer=None):
+        B, T, S, D = x.shape
+        q = self.split(self.q(x), self.heads)
+        k = self.split(self.k(x), self.kv_heads)
+        v = self.split(self.v(x), self.kv_heads)
+        q = rope(self.q_norm(q.float()), *angles).to(v.dtype)   # subtle: norm first, then rotate
+        k = rope(self.k_norm(k.float()), *angles).to(v.dtype)
+        if cache is not None and self.kind != "space":
+            k, v = cache.put(layer, k.unflatten(-2, (T, -1)), v.unflatten(-2, (T, -1)))
+        x = attend(q, k, v, mask, self.soft_cap)
+        if self.kind == "dense":
+            x = x.transpose(2, 3)
+        else:
+            x = x.transpose(2, 3) if self.kind == "space" else x.permute(0, 3, 1, 2, 4)
+        return self.out(x.reshape(B, T, S, D))
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm SwiGLU."""
+    compiled = None             # set by train.py: torch.compile of forward, for training shapes
+
+    def __init__(self, cfg, kind):
+        super().__init__()
+        self.kind = kind
+        self.attention = Attention(cfg, kind)
+        hidden = 64 * round(cfg.dim * 8 / 3 / 64)
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.dim), nn.RMSNorm(cfg.dim)
+        self.up, self.gate = (nn.Linear(cfg.dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, cfg.dim, bias=False)
+
+    def forward(self, x, angles, mask, cache=None, layer=None):
+        x = x + self.attention(self.norm1(x), angles, mask, cache, layer)
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Transformer(nn.Module):
+    """Space layers, and one time layer in every `time_every` (Section 3.4).
+
+    cfg needs dim, heads, kv_heads, context, time_every, dense, soft_cap. Time layers see the frame
+    itself and context - 1 earlier ones: of their own token, or with `dense` of all tokens.
+    """
+
+    def __init__(self, cfg, layers):
+        super().__init__()
+        self.context = cfg.context
+        time, every = "dense" if cfg.dense else "time", cfg.time_every
+        kinds = [time if i % every == every // 2 else "space" for i in range(layers)]
+        self.blocks = nn.ModuleList(Block(cfg, kind) for kind in kinds)
+        self.norm = nn.RMSNorm(cfg.dim)
+        for block in self.blocks:       # the residual stream starts close to the embeddings
+            for weight in (block.attention.out.weight, block.down.weight):
+                nn.init.normal_(weight, std=0.5 * (cfg.dim * layers) ** -0.5)
+
+    def forward(self, x, space_mask, cache=None, single=None):
+        """x (B, T, S, D) -> (B, T, S, D). space_mask (S, S), True = may attend. single (B,) bool:
+        rows whose frames are separate images. With a cache, x continues at frame cache.t."""
+        B, T, S, D = x.shape
+        device, t = x.device, cache.t if cache else 0
+        frames = torch.arange(t, t + T, device=device)
+        keys = cache.key_frames(T, device) if cache else frames
+        in_time = None if cache and T == 1 else time_mask(frames, keys, self.context)
+        if single is not None:          # (B, 1, 1, 1, T, T)
+            in_time = in_time & (~single[:, None, None] | torch.eye(T, device=device).bool())
+            in_time = in_time[:, None, None, None]
+        angles, masks = {}, {"space": space_mask, "time": in_time, "dense": in_time}
+        for kind in {block.kind for block in self.blocks}:
+            positions = {"space": torch.arange(S, device=device), "time": frames,
+                         "dense": torch.arange(t * S, (t + T) * S, device=device)}[kind]
+            angles[kind] = rope_angles(positions, self.blocks[0].attention.size)
+        if "dense" in angles:           # frames see earlier frames through the modality mask too
+            M = keys.numel() if in_time is not None else min(t + 1 - cache.start, self.context)
+            masks["dense"] = space_mask.repeat(T, M)
+            if in_time is not None:
+                wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
+                masks["dense"] = masks["dense"] & wide
+        for i, block in enumerate(self.blocks):
+            run = block.compiled if block.compiled and cache is None else block
+            x = run(x, angles[block.kind], masks[block.kind], cache, i)
+        return self.norm(x)
+
+
+# ------------------------------------------------------------- losses that every stage shares
+
+class LossNormalizer(nn.Module):
+    """Divides every loss term by a running RMS of itself (Section 3, "loss normalization").
+
+    Call with {name: scalar} and optional weights; returns the sum. Its buffers belong into the
+    checkpoint. subtle: the RMS is detached and *running*; by its own value each loss would be 1.
+    """
+
+    def __init__(self, names, decay=0.99):
+        super().__init__()
+        self.names, self.decay = list(names), decay
+        self.register_buffer("square", torch.zeros(len(self.names)))
+        self.register_buffer("count", torch.zeros(len(self.names)))
+
+    def forward(self, losses, weights=()):
+        total = 0.0
+        for name, loss in losses.items():
+            i = self.names.index(name)
+            with torch.no_grad():
+                self.square[i].lerp_(loss.detach().float().square(), 1 - self.decay)
+                self.count[i] += 1
+                rms = (self.square[i] / (1 - self.decay ** self.count[i])).sqrt()
+            total = total + dict(weights).get(name, 1.0) * loss / rms.clamp_min(1e-8)
+        return total
+
+
+# --------------------------------------------------------------- Section 3.1: causal tokenizer
+
+@dataclass
+class TokenizerConfig:
+    """Sizes of the causal tokenizer; the paper's values in the comments."""
+    height: int = 72            # 360, from the dataset
+    width: int = 72             # 640
+    patch: int = 24             # 16
+    dim: int = 256
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    latents: int = 16           # 512 bottleneck tokens
+    channels: int = 32          # 16 channels each
+    pack: int = 2               # 2: tokens merged into one for the dynamics
+    context: int = 6            # frames that a time layer sees
+    time_every: int = 4         # 4
+    dense: bool = False         # block-causal attention over all tokens instead of time layers
+    soft_cap: float = 50.0
+    mae_max: float = 0.5        # 0.9: largest share of masked patches
+    lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
+
+    def __post_init__(self):
+        check_transformer("tokenizer", self)
+        if self.latents % self.pack:
+            raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
+                            "the number of latents must be divisible by pack.")
+        if not 0 <= self.mae_max < 1:
+            raise UserError(f"Got tokenizer.mae_max {self.mae_max}, need a share in [0, 1).")
+
+
+def check_transformer(prefix, cfg):
+    """Raises UserError where sizes don't fit together."""
+    for name in ("dim", "heads", "kv_heads", "context", "time_every"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"Got {prefix}.{name} {getattr(cfg, name)}, need at least 1.")
+    if cfg.dim % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
+        raise UserError(f"Got {prefix}.dim {cfg.dim}, heads {cfg.heads}, kv_heads {cfg.kv_heads}: "
+                        "dim must divide into heads of even size, heads into groups of kv_heads.")
+    if cfg.time_every == 1 and not cfg.dense:
+        raise UserError(f"Got {prefix}.time_every 1: that leaves no layer within a frame. Use 2 or "
+                        f"more, or {prefix}.dense true.")
+
+
+def patchify(frames, patch):
+    """(B, T, H, W, 3) -> (B, T, rows * columns, patch * patch * 3), zero-padded at the end."""
+    B, T, H, W, C = frames.shape
+    frames = F.pad(frames, (0, 0, 0, -W % patch, 0, -H % patch))
+    rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
+    x = frames.view(B, T, rows, patch, columns, patch, C).transpose(3, 4)
+    return x.reshape(B, T, rows * columns, patch * patch * C)
+
+
+def unpatchify(patches, patch, height, width):
+    """Inverse of patchify: (B, T, P, patch * patch * 3) -> (B, T, H, W, 3)."""
+    B, T, _, _ = patches.shape
+    rows, columns = -(-height // patch), -(-width // patch)
+    x = patches.view(B, T, rows, columns, patch, patch, 3).transpose(3, 4)
+    return x.reshape(B, T, rows * patch, columns * patch, 3)[:, :, :height, :width]
+
+
+def mae_mask(B, T, P, p_max, generator, device):
+    """(B, T, P) bool, True = hidden. Section 3.1: p ~ U(0, p_max) drawn for each image."""
+    p = p_max * torch.rand(B, T, 1, generator=generator, device=device)
+    return torch.rand(B, T, P, generator=generator, device=device) < p
+
+
+def reconstruction_loss(x_hat, x, perceptual=None):
+    """Eq. 5 (Section 3.1): L = MSE(x_hat, x) + 0.2 LPIPS(x_hat, x), each over its running RMS.
+
+    x_hat, x (B, T, H, W, 3) scaled pixels. Returns the terms by name; the caller's
+    LossNormalizer weighs and adds them. perceptual: callable on images (N, 3, H, W) in [-1, 1].
+    """
+    losses = {"mse": (x_hat - x).square().mean()}
+    if perceptual is not None:          # subtle: LPIPS wants [-1, 1], not our scaled pixels
+        a, b = ((2 * y.flatten(0, 1).movedim(-1, 1) * PIXEL_STD + 2 * PIXEL_MEAN - 1)
+                for y in (x_hat, x))
+        losses["lpips"] = perceptual(a, b).mean()
+    return losses
+
+
+class Tokenizer(nn.Module):
+    """Frames (B, T, H, W, 3) uint8 <-> latents (B, T, S_z, Z) of about unit variance."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patches = -(-cfg.height // cfg.patch) * -(-cfg.width // cfg.patch)
+        size = cfg.patch ** 2 * 3
+        embedding = lambda *shape: nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
+        self.patch_in = nn.Linear(size, cfg.dim)
+        self.patch_position, self.hidden_patch = embedding(self.patches), embedding()
+        self.latent_query, self.patch_query = embedding(cfg.latents), embedding(self.patches)
+        self.encoder = Transformer(cfg, cfg.encoder_layers)
+        self.decoder = Transformer(cfg, cfg.decoder_layers)
+        self.latent_out = nn.Linear(cfg.dim, cfg.channels)
+        self.latent_in = nn.Linear(cfg.channels, cfg.dim)
+        self.patch_out = nn.Linear(cfg.dim, size)
+        self.register_buffer("latent_std", torch.ones(()))      # measured after training
+        self.encoder_mask = functools.partial(reader_mask, self.patches, cfg.latents)
+        self.decoder_mask = functools.partial(reader_mask, cfg.latents, self.patches)
+
+    def new_cache(self):
+        return Cache(self.cfg.context)
+
+    def bottleneck(self, x, hidden=None, cache=None):
+        """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P), True = masked."""
+        B, T = x.shape[:2]
+        tokens = self.patch_in(patchify(x, self.cfg.patch))
+        if hidden is not None:
+            tokens = torch.where(hidden[..., None], self.hidden_patch, tokens)
+        tokens = torch.cat([tokens + self.patch_position,
+                            self.latent_query.expand(B, T, -1, -1)], 2)
+        tokens = self.encoder(tokens, self.encoder_mask(x.device), cache)
+        return torch.tanh(self.latent_out(tokens[:, :, self.patches:]).float())
+
+    def reconstruct(self, bottleneck, cache=None):
+        """(B, T, latents, channels) -> scaled pixels (B, T, H, W, 3), fp32."""
+        B, T = bottleneck.shape[:2]
+        tokens = torch.cat([self.latent_in(bottleneck), self.patch_query.expand(B, T, -1, -1)], 2)
+        tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
+        patches = self.patch_out(tokens[:, :, self.cfg.latents:]).float()
+        return unpatchify(patches, self.cfg.patch, self.cfg.height, self.cfg.width)
+
+    def forward(self, x, hidden=None):
+        return self.reconstruct(self.bottleneck(x, hidden))
+
+    def encode(self, frames, cache=None):
+        """uint8 frames (B, T, H, W, 3) -> latents (B, T, S_z, Z) for the dynamics: packed, divided
+        by one std. With a cache the frames continue a stream; the cache moves on by T."""
+        z = self.bottleneck(scale_pixels(frames), cache=cache)
+        if cache:
+            cache.advance(z.shape[1])
+        B, T, n, c = z.shape
+        return z.reshape(B, T, n // self.cfg.pack, c * self.cfg.pack) / self.latent_std
+
+    def decode(self, z, cache=None):
+        """Latents (B, T, S_z, Z) -> uint8 frames (B, T, H, W, 3)."""
+        x = self.reconstruct((z * self.latent_std).unflatten(-1, (self.cfg.pack, -1))
+                             .flatten(2, 3), cache=cache)
+        if cache:
+            cache.advance(z.shape[1])
+        return (255 * (x * PIXEL_STD + PIXEL_MEAN)).round().clamp(0, 255).to(torch.uint8)
+
+
+def scale_pixels(frames):
+    """uint8 (..., H, W, 3) -> fp32 of about zero mean and unit variance."""
+    return (frames.float() / 255 - PIXEL_MEAN) / PIXEL_STD
+
+
+def psnr(x_hat, x):
+    """Decibels of uint8 frames: -10 log10 of the mean squared error over all their pixels."""
+    error = (x_hat.float() - x.float()).div(255).square().mean()
+    return float(-10 * torch.log10(error.clamp_min(1e-10)))
+
+
+def lpips_loss():
+    """The perceptual loss of Eq. 5. Raises UserError where the package is missing."""
+    try:
+        import lpips
+    except ImportError:
+        raise UserError("Got tokenizer.lpips > 0, need the package lpips and its weights: "
+                        "'pip install lpips', or set --tokenizer.lpips 0.") from None
+    return lpips.LPIPS(net="vgg").requires_grad_(False)

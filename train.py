@@ -1,0 +1,528 @@
+"""Training: the four stages of Dreamer 4, each on what the one before it made.
+
+    python train.py                     all stages, evaluation and report, with this machine's preset
+    python train.py --stage dynamics    one stage (tokenizer, dynamics, agent, imagine)
+Every config field is a flag: --dynamics.k_max 32. A run lives in runs/NAME: STAGE.pt, metrics.jsonl,
+config.json, pictures, results.json, report.md. Randomness of a step comes from (seed, stage, step).
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import play
+from agent import (STAGES, Agent, AgentConfig, agent_losses, autocast, imagination_losses,
+                   imagine_rollout, load_run, pick_device)
+from data import Dataset, UserError, make_env, record, rng_for, run_cli
+from dynamics import Dynamics, DynamicsConfig, dynamics_losses
+from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, lpips_loss, mae_mask,
+                       reconstruction_loss, scale_pixels)
+
+
+@dataclass
+class DataConfig:
+    """Recorded play to train on, and the episodes that judge the result."""
+    env: str = "crafter"
+    path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded where missing
+    episodes: int = 280
+    length: int = 300
+    seed: int = 0
+    workers: int = 0            # 0: one process per core
+    reference_episodes: int = 40
+    eval_episodes: int = 64
+    eval_length: int = 500
+
+
+@dataclass
+class TrainConfig:
+    """Steps, batches and learning rates."""
+    tokenizer_steps: int = 1500
+    tokenizer_batch: int = 16
+    tokenizer_length: int = 8   # frames
+    dynamics_steps: int = 3600
+    agent_steps: int = 1000
+    imagine_steps: int = 200
+    batch: int = 32             # of short windows; long ones hold as many frames in all
+    length: int = 16            # 64 (T1)
+    long_length: int = 48       # 256 (T2), longer than dynamics.context
+    long_share: float = 0.25    # of the steps; the last tenth is long only
+    imagine_batch: int = 64
+    lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
+    lr: float = 3e-3            # AdamW: everything else
+    lr_imagine: float = 3e-4    # AdamW: policy and value head
+    warmup: int = 50
+    cooldown: float = 0.3       # share of a stage in which the rate falls to 0
+    clip: float = 1.0           # gradient norm
+    compile: bool = True        # torch.compile of the transformer's blocks
+    log_every: int = 25
+    save_every: int = 250
+
+
+CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
+           "agent": AgentConfig, "train": TrainConfig}
+PRESETS = {     # every preset starts from the defaults above, which are the cpu preset
+    "cpu": {},
+    "smoke": {"data.episodes": 12, "data.length": 80, "data.reference_episodes": 4,
+              "data.eval_episodes": 4, "data.eval_length": 40, "tokenizer.dim": 128,
+              "tokenizer.encoder_layers": 3, "tokenizer.decoder_layers": 3, "dynamics.dim": 128,
+              "train.tokenizer_steps": 60, "train.dynamics_steps": 40, "train.agent_steps": 20,
+              "train.imagine_steps": 6, "train.batch": 12, "train.compile": False,
+              "train.log_every": 5, "agent.horizon": 6, "train.imagine_batch": 16},
+    "cpu_long": {"data.episodes": 1200, "train.tokenizer_steps": 6000,
+                 "train.dynamics_steps": 30000, "train.agent_steps": 8000,
+                 "train.imagine_steps": 1000, "data.eval_episodes": 200},
+    "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
+            "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
+            "dynamics.layers": 12, "dynamics.heads": 12, "dynamics.kv_heads": 3,
+            "dynamics.registers": 8, "dynamics.context": 64, "dynamics.k_max": 64,
+            "train.long_length": 96, "train.length": 32, "train.batch": 64,
+            "train.tokenizer_steps": 20000, "train.dynamics_steps": 60000,
+            "train.agent_steps": 20000, "train.imagine_steps": 2000, "agent.horizon": 15,
+            "train.imagine_batch": 256, "train.lr_matrix": 3e-3, "train.lr": 1e-3},
+    "paper": {"tokenizer.patch": 16, "tokenizer.dim": 1024, "tokenizer.encoder_layers": 16,
+              "tokenizer.decoder_layers": 16, "tokenizer.heads": 16, "tokenizer.kv_heads": 16,
+              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.context": 192,
+              "tokenizer.mae_max": 0.9, "tokenizer.lpips": 0.2, "dynamics.dim": 1920,
+              "dynamics.layers": 32, "dynamics.heads": 30, "dynamics.kv_heads": 6,
+              "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
+              "dynamics.p_boot": 1.0, "agent.bc_level": "uniform", "agent.horizon": 15,
+              "train.length": 64, "train.long_length": 256, "train.tokenizer_length": 64},
+}
+
+
+# --------------------------------------------------------------------------------------- flags
+
+def to_bool(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need true or false")
+    return text.lower() == "true"
+
+
+def parse(argv=None):
+    """Command line -> args and {prefix: config dict}: defaults < preset < explicit flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--preset", choices=PRESETS, default=None,
+                        help="default: gpu with CUDA, else cpu")
+    parser.add_argument("--run", default=None, help="default: the environment's name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto: cuda, then mps, then cpu")
+    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
+    parser.add_argument("--resume", choices=("auto", "no"), default="auto",
+                        help="auto: go on where the run folder stands; no: train again")
+    for prefix, config in CONFIGS.items():
+        for field in dataclasses.fields(config):
+            kind = to_bool if field.type is bool else field.type
+            parser.add_argument(f"--{prefix}.{field.name}", type=kind, default=argparse.SUPPRESS,
+                                metavar=field.type.__name__, help=f"default {field.default}")
+    args = parser.parse_args(argv)
+    args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    given = {k: v for k, v in vars(args).items() if "." in k}
+    chosen = {**PRESETS[args.preset], **given}
+    configs = {prefix: {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
+                        for f in dataclasses.fields(config)} for prefix, config in CONFIGS.items()}
+    for prefix, config in CONFIGS.items():
+        config(**configs[prefix])                   # a bad value is one line, before anything runs
+    args.run = args.run or configs["data"]["env"].split(":")[0]
+    return args, configs
+
+
+@dataclass
+class Job:
+    """What all stages share."""
+    args: argparse.Namespace
+    folder: Path
+    data: DataConfig
+    train: TrainConfig
+    configs: dict
+    device: torch.device
+    dataset: Dataset
+
+    def to_device(self, array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+# ------------------------------------------------------------------------------- training loop
+
+def make_optimizers(modules, lr_matrix, lr):
+    """Muon for the matrices inside transformer blocks, AdamW without decay for the rest."""
+    named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if "blocks." in n and p.ndim == 2]
+    rest = [p for n, p in named if not ("blocks." in n and p.ndim == 2)]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=0.01,
+                                           adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def schedule(step, steps, warmup, cooldown):
+    """Share of the peak rate: linear up, flat, linear down to 0."""
+    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(cooldown * steps, 1))
+
+
+def save(path, state):
+    """Atomically: written beside, synced, then renamed."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_stage(job, stage, step, **modules):
+    """runs/NAME/STAGE.pt: all that load_run needs."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                            capture_output=True, text=True).stdout.strip()
+    save(job.folder / f"{stage}.pt",
+         {"stage": stage, "step": step, "commit": commit, "dataset": job.dataset.fingerprint,
+          "spec": job.dataset.spec.to_json(), "config": job.configs,
+          **{name: module.state_dict() for name, module in modules.items()}})
+    (job.folder / f"{stage}.resume.pt").unlink(missing_ok=True)
+
+
+def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
+    """The loop of every stage. loss_fn(rng, generator, step) -> losses by name, metrics."""
+    cfg, steps = job.train, getattr(job.train, f"{stage}_steps")
+    normalizer = LossNormalizer(names).to(job.device)
+    scaler = torch.amp.GradScaler(job.device.type, enabled=job.args.dtype == "fp16")
+    stateful = [*modules, normalizer, *optimizers, scaler]
+    resume, start = job.folder / f"{stage}.resume.pt", 0
+    if resume.exists() and job.args.resume == "auto":
+        state = torch.load(resume, map_location=job.device, weights_only=True)
+        for x, saved in zip(stateful, state["state"], strict=True):
+            x.load_state_dict(saved)
+        start = state["step"]
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    print(f"Stage {stage}: {sum(p.numel() for p in parameters):,} parameters, steps {start} to "
+          f"{steps}, {job.device}, dataset {job.dataset.frames_total:,} frames in "
+          f"{len(job.dataset.lengths)} episodes.")
+    bar, sums, mark = tqdm(range(start, steps), initial=start, total=steps, desc=stage), {}, None
+    with open(job.folder / "metrics.jsonl", "a") as log:
+        for step in bar:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * schedule(step, steps, cfg.warmup, cfg.cooldown)
+            rng = rng_for(job.args.seed, stage, step)
+            generator = torch.Generator(job.device).manual_seed(int(rng.integers(2 ** 31)))
+            with autocast(job.device, job.args.dtype):
+                losses, metrics = loss_fn(rng, generator, step)
+            total = normalizer(losses, weights)
+            scaler.scale(total).backward()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            if not torch.isfinite(total) or not (scaler.is_enabled() or torch.isfinite(norm)):
+                raise UserError(f"Got a loss of {float(total)} at step {step} of {stage} (seed "
+                                f"{job.args.seed}): try a lower --train.lr_matrix and --train.lr.")
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            for key, value in {**losses, **metrics, "grad_norm": norm}.items():
+                if not torch.isnan(value := value.detach()):        # nan: an empty bin
+                    total_n = sums.setdefault(key, [0.0, 0])
+                    total_n[0], total_n[1] = total_n[0] + value, total_n[1] + 1
+            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+                now = time.perf_counter()
+                line = {"stage": stage, "step": step + 1,
+                        **{k: float(s / n) for k, (s, n) in sums.items()},
+                        "rate": cfg.log_every / (now - mark) if mark else None}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
+                sums, mark = {}, now
+            if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+                save(resume, {"step": step + 1, "state": [x.state_dict() for x in stateful]})
+    for module in modules:
+        module.eval()
+
+
+def compile_blocks(job, *modules):
+    """torch.compile of the blocks: two to three times faster on CPU, see README. Needs a C++
+    compiler there; without one, or with --train.compile false, the blocks run as they are."""
+    if not job.train.compile or (job.device.type == "cpu" and not shutil.which("g++")):
+        return
+    torch._dynamo.config.recompile_limit = 64
+    for module in modules:
+        for block in module.modules():
+            if isinstance(block, Block):
+                block.compiled = torch.compile(block.forward, dynamic=False)
+
+
+# -------------------------------------------------------------------------------------- stages
+
+def train_tokenizer(job):
+    """Section 3.1: masked autoencoding of frames."""
+    cfg, spec = job.train, job.dataset.spec
+    job.configs["tokenizer"].update(height=spec.height, width=spec.width)
+    tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
+    perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
+    compile_blocks(job, tokenizer)
+
+    def frames(rng):
+        episode, start, _ = job.dataset.sample(rng, cfg.tokenizer_batch, cfg.tokenizer_length)
+        return job.to_device(job.dataset.read(episode, start, cfg.tokenizer_length,
+                                              ["frames"])["frames"])
+
+    def loss_fn(rng, generator, step):
+        x = scale_pixels(frames(rng))
+        B, T = x.shape[:2]
+        hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, generator, job.device)
+        losses = reconstruction_loss(tokenizer(x, hidden), x, perceptual)
+        return losses, {}
+
+    fit(job, "tokenizer", [tokenizer], loss_fn, ["mse", "lpips"],
+        make_optimizers([tokenizer], cfg.lr_matrix, cfg.lr), {"lpips": tokenizer.cfg.lpips})
+    with torch.no_grad(), autocast(job.device, job.args.dtype):
+        z = torch.cat([tokenizer.encode(frames(rng_for(job.args.seed, "latent_std", i)))
+                       for i in range(8)])
+        tokenizer.latent_std.copy_(z.float().std())
+    save_stage(job, "tokenizer", cfg.tokenizer_steps, tokenizer=tokenizer)
+
+
+def cached_latents(job, tokenizer):
+    """Latents of all frames, float16 (frames, S_z, Z): streamed episode by episode through the
+    frozen tokenizer once, and kept beside the run."""
+    path, about = job.folder / "latents.npy", job.folder / "latents.json"
+    weights = b"".join(p.float().cpu().numpy().tobytes() for p in tokenizer.state_dict().values())
+    made_of = {"tokenizer": hashlib.sha256(weights).hexdigest(),
+               "dataset": job.dataset.fingerprint}
+    if about.exists() and json.loads(about.read_text()) == made_of:
+        return np.load(path)
+    data, cfg = job.dataset, tokenizer.cfg
+    latents = np.zeros((data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack),
+                       np.float16)
+    order, rows, chunk = np.argsort(data.lengths), 16, 32       # episodes of alike length together
+    with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
+        for group in (order[i:i + rows] for i in range(0, len(order), rows)):
+            cache = tokenizer.new_cache()
+            for start in range(0, int(data.lengths[group].max()), chunk):
+                group = group[data.lengths[group] > start] if start == 0 else group
+                left = data.lengths[group] - start
+                take = np.clip(left, 1, chunk)
+                frames = np.zeros((len(group), chunk, cfg.height, cfg.width, 3), np.uint8)
+                for i, episode in enumerate(group):             # ended episodes ride along, unused
+                    if left[i] > 0:
+                        frames[i, :take[i]] = data.read([episode], [start], take[i],
+                                                        ["frames"])["frames"][0]
+                with autocast(job.device, job.args.dtype):
+                    z = tokenizer.encode(job.to_device(frames), cache).cpu().numpy()
+                for i, episode in enumerate(group):
+                    if left[i] > 0:
+                        first = data.offsets[episode] + start
+                        latents[first:first + take[i]] = z[i, :take[i]]
+                        bar.update(int(take[i]))
+    part = path.with_suffix(".part.npy")
+    np.save(part, latents)
+    os.replace(part, path)
+    play.write_json(about, made_of)
+    return latents
+
+
+def latent_batch(job, latents, rng, uniform, relevant, length):
+    """`uniform` rows from anywhere, then `relevant` ones that show their task being done ->
+    dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
+    parts = [job.dataset.sample(rng, n, length, r) for n, r in ((uniform, False), (relevant, True))
+             if n]
+    episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
+    read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
+                                                     "labelled", "events", "continues"])
+    index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
+    rewards = np.take_along_axis(read["events"], task[:, None, None], 2)[..., 0]
+    batch = {"z": latents[index].astype(np.float32), "rewards": rewards.astype(np.float32),
+             "task": np.repeat(task[:, None], length, 1), "labelled": read["labelled"],
+             "continues": read["continues"].astype(np.float32)}
+    return ({k: job.to_device(x) for k, x in batch.items()},
+            {k: job.to_device(read[k]) for k in ("binary", "categorical", "continuous")})
+
+
+def window(cfg, step, steps):
+    """(rows, length) of a step's batch: every fourth is long, the last tenth only long."""
+    every = max(round(1 / cfg.long_share), 1) if cfg.long_share else steps + 1
+    long = step % every == every - 1 or (cfg.long_share and step >= 0.9 * steps)
+    length = cfg.long_length if long else cfg.length
+    return max(cfg.batch * cfg.length // length, 2), length
+
+
+def draw_single(rows, total, share, rng, job):
+    """(total,) bool: which of the first `rows` are trained as separate images."""
+    return job.to_device((rng.random(total) < share) & (np.arange(total) < rows))
+
+
+def train_dynamics(job):
+    """Section 3.2: shortcut forcing on the frozen tokenizer's latents."""
+    run = load_run(job.folder, "tokenizer", job.device)
+    latents, tok, spec = cached_latents(job, run.tokenizer), run.tokenizer.cfg, run.spec
+    job.configs["tokenizer"] = dataclasses.asdict(tok)
+    job.configs["dynamics"].update(tokens=tok.latents // tok.pack, channels=tok.channels * tok.pack,
+                                   tasks=len(spec.tasks))
+    dynamics = Dynamics(DynamicsConfig(**job.configs["dynamics"]), spec.actions).to(job.device)
+    compile_blocks(job, dynamics)
+    cfg = job.train
+
+    def loss_fn(rng, generator, step):
+        rows, length = window(cfg, step, cfg.dynamics_steps)
+        batch, actions = latent_batch(job, latents, rng, rows, 0, length)
+        single = draw_single(rows, rows, dynamics.cfg.single_images, rng, job)
+        losses, _, metrics = dynamics_losses(dynamics, batch["z"], actions, batch["labelled"],
+                                             round(dynamics.cfg.p_boot * rows), generator,
+                                             single=single)
+        return losses, metrics
+
+    fit(job, "dynamics", [dynamics], loss_fn, ["flow", "boot"],
+        make_optimizers([dynamics], cfg.lr_matrix, cfg.lr))
+    save_stage(job, "dynamics", cfg.dynamics_steps, tokenizer=run.tokenizer, dynamics=dynamics)
+
+
+def train_agent(job):
+    """Section 3.3, Eq. 9: agent tokens and heads; the dynamics go on learning beside them."""
+    run = load_run(job.folder, "dynamics", job.device)
+    latents, dynamics = cached_latents(job, run.tokenizer), run.dynamics.requires_grad_(True)
+    job.configs.update({k: run.meta["config"][k] for k in ("tokenizer", "dynamics")})
+    agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim,
+                  run.spec.actions).to(job.device)
+    compile_blocks(job, dynamics)
+    cfg = job.train
+
+    def loss_fn(rng, generator, step):
+        rows, length = window(cfg, step, cfg.agent_steps)
+        relevant = round(agent.cfg.relevant * rows)
+        uniform = rows - relevant
+        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length)
+        single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
+        losses, h, metrics = dynamics_losses(
+            dynamics, batch["z"], actions, batch["labelled"],
+            round(dynamics.cfg.p_boot * uniform), generator, uniform, batch["task"], single,
+            relevant if agent.cfg.bc_level == "context" else 0)
+        is_relevant = torch.arange(rows, device=job.device) >= uniform
+        more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
+                                          batch["continues"], is_relevant)
+        return losses | more, metrics | more_metrics
+
+    fit(job, "agent", [dynamics, agent], loss_fn, ["flow", "boot", "bc", "reward", "continue"],
+        make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2))
+    agent.freeze_prior()
+    save_stage(job, "agent", cfg.agent_steps, tokenizer=run.tokenizer, dynamics=dynamics,
+               agent=agent)
+
+
+def train_imagine(job):
+    """Section 3.3, Eq. 10 and 11: policy and value head learn from imagined rollouts alone."""
+    run = load_run(job.folder, "agent", job.device)
+    latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
+    job.configs.update({k: run.meta["config"][k] for k in ("tokenizer", "dynamics")})
+    agent.cfg = AgentConfig(**job.configs["agent"])
+    agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
+    cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
+    relevant = round(agent.cfg.relevant * cfg.imagine_batch)
+
+    def loss_fn(rng, generator, step):
+        batch, actions = latent_batch(job, latents, rng, cfg.imagine_batch - relevant, relevant,
+                                      context + horizon)    # so that a shown task lies ahead, often
+        first = lambda x: x[:, :context]
+        h, chosen, _ = imagine_rollout(dynamics, agent, first(batch["z"]),
+                                       {k: first(x) for k, x in actions.items()},
+                                       first(batch["labelled"]), first(batch["task"]), horizon,
+                                       generator)
+        return imagination_losses(agent, h, chosen)
+
+    optimizer = torch.optim.AdamW([*agent.policy.parameters(), *agent.value.parameters()],
+                                  lr=cfg.lr_imagine, weight_decay=0.0)
+    optimizer.param_groups[0]["peak"] = cfg.lr_imagine
+    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer])
+    save_stage(job, "imagine", cfg.imagine_steps, tokenizer=run.tokenizer, dynamics=dynamics,
+               agent=agent)
+
+
+# ---------------------------------------------------------------------------------------- main
+
+def pictures(job, stage, reference):
+    """What a person looks at after a stage."""
+    play.picture_curves(job.folder, stage)
+    if stage in ("tokenizer", "dynamics", "agent"):
+        run = load_run(job.folder, stage, job.device)
+        if stage == "tokenizer":
+            play.picture_reconstructions(run, reference, job.folder /
+                                         "tokenizer_reconstructions.png", dtype=job.args.dtype)
+        else:
+            film = play.dream_film(run, reference, dtype=job.args.dtype)
+            play.write_gif(job.folder / "dream.gif", film)
+
+
+def evaluate(job, reference, command):
+    """World model, speed, agents in the real environment -> results.json, report.md."""
+    run, args = load_run(job.folder, None, job.device), job.args
+    play.add_results(job.folder, command, play.evaluate_world(run, reference, args.dtype))
+    play.add_results(job.folder, command, play.measure_speed(run, args.dtype))
+    agents = ["random", "bc", "rl"] + ["player"] * hasattr(make_env(job.data.env), "player")
+    play.add_results(job.folder, command, play.evaluate_agents(
+        job.folder, agents, job.data.eval_episodes, job.data.eval_length, job.device, args.dtype,
+        job.data.workers))
+
+
+def main():
+    args, configs = parse()
+    begin = time.perf_counter()
+    device = pick_device(args.device)
+    autocast(device, args.dtype)                    # a bad --dtype fails here
+    if device.type == "cpu" and sys.platform == "linux":    # keep big buffers instead of returning
+        for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system: +10 %
+            ctypes.CDLL(None).mallopt(knob, value)
+    torch.manual_seed(args.seed)                    # initial weights; all else is stateless
+    data, folder = DataConfig(**configs["data"]), Path("runs") / args.run
+    command = "python train.py " + " ".join(sys.argv[1:])
+    path = Path(data.path or f"datasets/{data.env.replace(':', '_')}_{data.episodes}x{data.length}")
+    changed = {f"{p}.{k}": v for p, c in configs.items() for k, v in c.items()
+               if v != getattr(CONFIGS[p](), k)}
+    print(f"Run {folder}, preset {args.preset}, {device}, settings that differ: {changed or 'none'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    play.write_json(folder / "config.json", configs)
+    seconds = {}
+    if not data.path:
+        record(data.env, path, data.episodes, data.length, data.seed, data.workers)
+    reference = play.reference_set(data.env, data.reference_episodes, data.length, data.workers)
+    seconds["record"] = time.perf_counter() - begin
+    job = Job(args, folder, data, TrainConfig(**configs["train"]), configs, device, Dataset(path))
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        if (folder / f"{stage}.pt").exists() and args.resume == "auto":
+            print(f"Stage {stage}: {folder / stage}.pt is there; --resume no trains it again.")
+            continue
+        mark = time.perf_counter()
+        {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": train_agent,
+         "imagine": train_imagine}[stage](job)
+        pictures(job, stage, reference)
+        seconds[stage] = time.perf_counter() - mark
+    if args.stage == "all":
+        mark = time.perf_counter()
+        evaluate(job, reference, command)
+        seconds["evaluation"] = time.perf_counter() - mark
+    seconds["total"] = time.perf_counter() - begin
+    play.add_results(folder, command, {f"wall_seconds_{k}": (v, None, None, 1, "s")
+                                       for k, v in seconds.items()})
+    report = play.write_report(folder)
+    if args.stage == "all":
+        print(play.results_table(play.read_results(folder)))
+    print(f"Done in {seconds['total'] / 60:.1f} minutes. Look at {report}, its pictures lie beside.")
+
+
+if __name__ == "__main__":
+    run_cli(main)
