@@ -218,8 +218,8 @@ class CrafterPlayer:
         self.dark = self.world.daylight < 0.4                 # zombies come, on grass
         tired = self.have["energy"] <= (6 if self.dark else self.sleepy)
         needs = {self.sleep: tired or self.have["health"] <= 4,
-                 self.drink: self.have["drink"] <= (2 if self.dark else 3),
-                 self.eat: self.have["food"] <= (1 if self.dark else 3),
+                 self.drink: self.have["drink"] <= (3 if self.dark else 4),
+                 self.eat: self.have["food"] <= (1 if self.dark else 5),
                  self.wander: self.rng.random() < self.detour,
                  self.plant: self.rng.random() < self.detour}
         for plan in needs if len(self.stack) == 1 else ():
