@@ -143,7 +143,8 @@ class Agent(nn.Module):
                             "policy: discretise them, or stop after --stage dynamics.")
         self.cfg, self.spec = cfg, action_spec
         L = cfg.mtp
-        self.policy = Head(dim, cfg.hidden, L + 1, action_spec.binary + sum(action_spec.categorical))
+        self.policy = Head(dim, cfg.hidden, L + 1,
+                           action_spec.binary + sum(action_spec.categorical))
         self.reward = Head(dim, cfg.hidden, L + 1, cfg.bins)
         self.continues = Head(dim, cfg.hidden, 1, 1)
         self.value = Head(dim, cfg.hidden, 1, cfg.bins)
@@ -274,7 +275,8 @@ def imagination_losses(agent, h, actions):
         advantages = returns - values[:, :-1]
         prior = agent.prior(h[:, :-1])[:, :, 0]
     logits = agent.policy(h[:, :-1])[:, :, 0]
-    log_prob, kl = action_log_prob(agent.spec, logits, actions), action_kl(agent.spec, logits, prior)
+    log_prob = action_log_prob(agent.spec, logits, actions)
+    kl = action_kl(agent.spec, logits, prior)
     losses = {"policy": pmpo_loss(log_prob, advantages, kl, cfg.pmpo_alpha, cfg.pmpo_beta),
               "value": value_loss(agent.value(h[:, :-1])[..., 0, :], returns, agent.bins)}
     spread = returns.var().clamp_min(1e-8)

@@ -787,7 +787,7 @@ def describe(dataset):
     return "\n".join(f"| {k} | " + " | ".join(map(str, row)) + " |" for k, row in table.items())
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("record", help="record play; goes on where it was interrupted")
@@ -800,7 +800,11 @@ def main():
     new.add_argument("--out", required=True, help="folder")
     commands.add_parser("describe", help="what the players achieved").add_argument(
         "--data", required=True, help="folder")
-    flags = vars(parser.parse_args())
+    return parser
+
+
+def main():
+    flags = vars(make_parser().parse_args())
     is_record = flags.pop("command") == "record"
     print(describe(record(**flags) if is_record else Dataset(flags["data"])))
 

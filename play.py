@@ -316,21 +316,28 @@ def agent_entries(spec, firsts):
     return entries
 
 
+def run_env(folder):
+    """Name of the environment that a run was trained for."""
+    return json.loads((Path(folder) / "config.json").read_text())["data"]["env"]
+
+
 def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", workers=0):
-    """Random, BC, imagination policy ("rl") and recorded player on the test worlds."""
-    folder, firsts = Path(folder), {}
+    """Random, BC ("bc"), imagination policy ("rl") and recorded player ("player") on the test
+    worlds, half as many episodes for the two bounds -> entries for results.json."""
+    folder, env, firsts = Path(folder), run_env(folder), {}
     for agent in agents:
         stage = {"bc": "agent", "rl": "imagine"}.get(agent)
-        run = load_run(folder, stage, device) if stage else None
-        spec, env = (run or load_run(folder, None, device)).spec, None
-        env = json.loads((folder / "config.json").read_text())["data"]["env"]
-        n = episodes if stage else max(episodes // 2, 2)        # the bounds need fewer
-        print(f"Evaluating {agent}: {n} episodes of {length} steps.")
-        firsts[agent] = (evaluate_player(env, n, length, TEST_SEED, workers) if agent == "player"
-                         else evaluate_agent(env, range(TEST_SEED, TEST_SEED + n), length, run,
-                                             dtype, workers,
-                                             gif=folder / f"episode_{agent}.gif" if stage else None))
-    return agent_entries(spec, firsts)
+        n = episodes if stage else max(episodes // 2, 2)
+        print(f"Evaluating {agent}: {n} episodes of {length} steps.", flush=True)
+        if agent == "player":
+            firsts[agent] = evaluate_player(env, n, length, TEST_SEED, workers)
+            continue
+        run, gif = None, None
+        if stage:
+            run, gif = load_run(folder, stage, device), folder / f"episode_{agent}.gif"
+        firsts[agent] = evaluate_agent(env, range(TEST_SEED, TEST_SEED + n), length, run, dtype,
+                                       workers, gif=gif)
+    return agent_entries(load_run(folder, None, device).spec, firsts)
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -469,7 +476,7 @@ def write_report(folder):
     return folder / "report.md"
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("eval", "dream", "report"))
@@ -484,13 +491,17 @@ def main():
     parser.add_argument("--workers", type=int, default=0, help="processes, 0: one per core")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     folder, device = Path(args.run), pick_device(args.device)
     if args.command == "report":
         print(write_report(folder))
         return
     run = load_run(folder, None, device)
-    dataset = reference_set(json.loads((folder / "config.json").read_text())["data"]["env"])
+    dataset = reference_set(run_env(folder))
     if args.command == "dream":
         if run.dynamics is None:
             raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")

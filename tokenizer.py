@@ -355,7 +355,7 @@ class Tokenizer(nn.Module):
         return Cache(self.cfg.context)
 
     def bottleneck(self, x, hidden=None, cache=None):
-        """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P), True = masked."""
+        """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P): masked."""
         B, T = x.shape[:2]
         tokens = self.patch_in(patchify(x, self.cfg.patch))
         if hidden is not None:

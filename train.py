@@ -1,9 +1,9 @@
 """Training: the four stages of Dreamer 4, each on what the one before it made.
 
-    python train.py                     all stages, evaluation and report, with this machine's preset
+    python train.py                     all stages, evaluation, report, with this machine's preset
     python train.py --stage dynamics    one stage (tokenizer, dynamics, agent, imagine)
-Every config field is a flag: --dynamics.k_max 32. A run lives in runs/NAME: STAGE.pt, metrics.jsonl,
-config.json, pictures, results.json, report.md. Randomness of a step comes from (seed, stage, step).
+Every config field is a flag: --dynamics.k_max 32. A run lives in runs/NAME: STAGE.pt, config.json,
+metrics.jsonl, pictures, results.json, report.md. A step's randomness is (seed, stage, step)'s.
 """
 
 import argparse
@@ -64,6 +64,7 @@ class TrainConfig:
     lr: float = 3e-3            # AdamW: everything else
     lr_imagine: float = 3e-4    # AdamW: policy and value head
     warmup: int = 50
+    value_first: int = 20       # imagination steps in which only the value head learns
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
@@ -71,6 +72,7 @@ class TrainConfig:
     save_every: int = 250
 
 
+TOKENIZER_SHARE = 0.2       # of the cpu preset's wall time, measured
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
 PRESETS = {     # every preset starts from the defaults above, which are the cpu preset
@@ -216,6 +218,7 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
           f"{steps}, {job.device}, dataset {job.dataset.frames_total:,} frames in "
           f"{len(job.dataset.lengths)} episodes.")
     bar, sums, mark = tqdm(range(start, steps), initial=start, total=steps, desc=stage), {}, None
+    begin = time.perf_counter()
     with open(job.folder / "metrics.jsonl", "a") as log:
         for step in bar:
             for optimizer in optimizers:
@@ -250,6 +253,11 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
                 log.flush()
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
                 sums, mark = {}, now
+            if step == start + 50 and job.args.stage == "all":
+                left = (time.perf_counter() - begin) / 50 * (steps - step) / 60
+                print(f"\nThis stage takes about {left:.0f} minutes" + (
+                    f", the whole run about {left / TOKENIZER_SHARE:.0f}."
+                    if stage == "tokenizer" and job.args.preset == "cpu" else "."))
             if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
                 save(resume, {"step": step + 1, "state": [x.state_dict() for x in stateful]})
     for module in modules:
@@ -443,7 +451,10 @@ def train_imagine(job):
                                        {k: first(x) for k, x in actions.items()},
                                        first(batch["labelled"]), first(batch["task"]), horizon,
                                        generator)
-        return imagination_losses(agent, h, chosen)
+        losses, metrics = imagination_losses(agent, h, chosen)
+        if step < cfg.value_first:      # a value of 0 would call every action good
+            del losses["policy"]
+        return losses, metrics
 
     optimizer = torch.optim.AdamW([*agent.policy.parameters(), *agent.value.parameters()],
                                   lr=cfg.lr_imagine, weight_decay=0.0)
@@ -493,7 +504,7 @@ def main():
     path = Path(data.path or f"datasets/{data.env.replace(':', '_')}_{data.episodes}x{data.length}")
     changed = {f"{p}.{k}": v for p, c in configs.items() for k, v in c.items()
                if v != getattr(CONFIGS[p](), k)}
-    print(f"Run {folder}, preset {args.preset}, {device}, settings that differ: {changed or 'none'}")
+    print(f"Run {folder}, preset {args.preset}, {device}, changed settings: {changed or 'none'}")
     folder.mkdir(parents=True, exist_ok=True)
     play.write_json(folder / "config.json", configs)
     seconds = {}
@@ -521,7 +532,7 @@ def main():
     report = play.write_report(folder)
     if args.stage == "all":
         print(play.results_table(play.read_results(folder)))
-    print(f"Done in {seconds['total'] / 60:.1f} minutes. Look at {report}, its pictures lie beside.")
+    print(f"Done in {seconds['total'] / 60:.1f} minutes. Look at {report} and its pictures.")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,368 @@
+"""Tests in the paper's order: CPU, offline, seeded. `pytest -m "not slow"` takes minutes.
+
+A docstring says what the test fails on; each negative claim has a positive control beside it.
+"""
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import play
+import train
+from agent import (STAGES, Agent, AgentConfig, Run, action_kl, action_log_prob, agent_losses,
+                   behavior_loss, imagination_losses, imagine_rollout, lambda_returns, load_run,
+                   pmpo_loss, sample_action, symexp_bins, targets_ahead, two_hot,
+                   two_hot_log_prob, two_hot_mean, value_loss)
+from data import ActionSpec, EnvSpec, UserError, run_cli
+from dynamics import (ActionEmbedding, Dream, Dynamics, DynamicsConfig, corrupt, dynamics_losses,
+                      euler_sample, ramp_weight, sample_tau_d, shortcut_loss, x_prediction)
+from tokenizer import (PIXEL_MEAN, PIXEL_STD, Attention, Cache, LossNormalizer, Tokenizer,
+                       TokenizerConfig, Transformer, mae_mask, patchify, reader_mask,
+                       reconstruction_loss, rope, rope_angles, scale_pixels, unpatchify)
+
+
+# ------------------------------------------------------------------------------------- data.py
+
+class PaintEnv:
+    """Bring your own environment: the frame shows the last action, the step and the seed.
+
+    One category of 5, two keys, one number. Seeds divisible by 3 end on step 12, others never.
+    """
+
+    def __init__(self):
+        self.spec = EnvSpec("paint", 8, 12, ActionSpec(2, (5,), 1), ("four", "both_keys"))
+
+    def reset(self, seed):
+        self.seed, self.steps = seed, 0
+        return self.paint(self.spec.actions.zeros())
+
+    def paint(self, action):
+        frame = np.zeros((8, 12, 3), np.uint8)
+        frame[..., 0] = action["categorical"][0]
+        frame[:4, :, 1], frame[4:, :, 1] = action["binary"]
+        frame[..., 2] = self.steps
+        frame[0, 0, 2] = self.seed
+        return frame
+
+    def step(self, action):
+        self.steps += 1
+        events = np.array([action["categorical"][0] == 4, action["binary"].all()])
+        return self.paint(action), events, self.seed % 3 == 0 and self.steps >= 12
+
+
+PAINT = f"{__name__}:PaintEnv"
+REPO = Path(data.__file__).parent
+
+
+def command(*words, **variables):
+    """Run data.py as a user does -> (exit code, stdout, stderr)."""
+    run = subprocess.run([sys.executable, "data.py", *map(str, words)], cwd=REPO, text=True,
+                         capture_output=True, env={**os.environ, **variables})
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.fixture(scope="module")
+def paint(tmp_path_factory):
+    """25 toy episodes; every third has 13 frames, the others 30."""
+    return data.record(PAINT, tmp_path_factory.mktemp("paint") / "set", 25, 30, 0, workers=2)
+
+
+@pytest.fixture(scope="module")
+def crafter():
+    env = data.Crafter()
+    return env, env.reset(3)
+
+
+def play(env, seed, steps, choose):
+    """-> events of all steps, and the last terminal."""
+    env.reset(seed)
+    log = []
+    for _ in range(steps):
+        _, events, terminal = env.step(choose())
+        log.append(events)
+        if terminal:
+            break
+    return np.array(log), terminal
+
+
+def test_recorded_action_led_to_its_frame(paint):
+    """Fails if actions are stored one row early or late, or row 0 counts as labelled."""
+    for i in range(3):
+        ep = paint.episode(i)
+        assert (ep["frames"][:, 0, 1, 0] == ep["categorical"][:, 0]).all()
+        assert (ep["frames"][:, [0, 7], 1, 1] == ep["binary"]).all()
+        assert (ep["events"][:, 0] == (ep["categorical"][:, 0] == 4)).all()
+        assert (ep["categorical"][1:] != ep["categorical"][:-1]).any()     # control: they vary
+        assert ep["labelled"].tolist() == [False] + [True] * (len(ep["labelled"]) - 1)
+
+
+def test_continues_is_zero_on_terminal_frames_only(paint):
+    """Fails if the time limit counts as an end, or an end is missed."""
+    for i in range(6):
+        ends = i % 3 == 0
+        assert paint.lengths[i] == (13 if ends else 30)
+        assert paint.episode(i)["continues"].tolist() == [1] * (paint.lengths[i] - 1) + [1 - ends]
+
+
+@pytest.mark.parametrize("relevant", [False, True])
+def test_windows_stay_inside_an_episode(paint, relevant):
+    """Fails if a window runs over the end of its episode into the next."""
+    episode, start, _ = paint.sample(np.random.default_rng(0), 400, 13, relevant)
+    windows = paint.read(episode, start, 13)
+    assert windows["frames"].shape == (400, 13, 8, 12, 3)
+    assert (windows["frames"][:, :, 0, 0, 2] == episode[:, None]).all()           # one seed
+    assert (windows["frames"][:, :, 1, 1, 2] == start[:, None] + np.arange(13)).all()
+    assert (start + 13 <= paint.lengths[episode]).all()
+    assert (start == 0).any() and (start + 13 == paint.lengths[episode]).any()    # to the edges
+    assert (paint.lengths[episode] == 13).any()                                    # exact fit
+
+
+def test_uniform_windows_are_uniform(paint):
+    """Fails if short and long episodes are drawn equally often, or an edge start is missed."""
+    episode, start, task = paint.sample(np.random.default_rng(1), 20000, 13)
+    windows = np.maximum(paint.lengths - 12, 0) * np.isin(np.arange(25), paint.episodes("train"))
+    expected = 20000 * windows / windows.sum()
+    assert (np.abs(np.bincount(episode, minlength=25) - expected) <= 5 * np.sqrt(expected)).all()
+    assert np.bincount(start[paint.lengths[episode] == 30], minlength=18).min() > 400
+    assert abs(task.mean() - 0.5) < 0.02
+
+
+def test_relevant_windows_hold_their_event(paint):
+    """Fails if the event can lie in row 0 (whose action led there from outside) or outside."""
+    rng = np.random.default_rng(2)
+    episode, start, task = paint.sample(rng, 300, 6, relevant=True)
+    events = paint.read(episode, start, 6, ["events"])["events"][np.arange(300), :, task]
+    assert events[:, 1:].any(1).all() and set(task) == {0, 1}
+    first = events[:, 1:].argmax(1)
+    assert set(first[events[:, 1:].sum(1) == 1]) == set(range(5))              # any row but 0
+    episode, start, task = paint.sample(rng, 300, 6)                            # control: uniform
+    events = paint.read(episode, start, 6, ["events"])["events"][np.arange(300), :, task]
+    assert not events[:, 1:].any(1).all()
+
+
+def test_splits_are_disjoint(paint, tmp_path):
+    """Fails if a validation episode is trained on, or a small dataset has no validation."""
+    train, valid = paint.episodes("train"), paint.episodes("valid")
+    assert valid.tolist() == [19] and sorted([*train, *valid]) == paint.episodes("all").tolist()
+    small = data.record(PAINT, tmp_path / "small", 2, 5, 0, workers=1)
+    assert (small.episodes("train").tolist(), small.episodes("valid").tolist()) == ([0], [1])
+    assert set(paint.sample(np.random.default_rng(0), 200, 5, split="valid")[0]) == {19}
+    assert 19 not in paint.sample(np.random.default_rng(0), 2000, 5)[0]
+
+
+def test_batch_depends_on_seed_stage_and_step_only(paint):
+    """Fails if there is hidden random state: resuming would see other batches."""
+    def draw(*key):
+        return np.array(paint.sample(data.rng_for(*key), 16, 8, relevant=True)).tolist()
+    assert draw(0, "bc", 7) == draw(0, "bc", 7)
+    assert len({str(draw(*key)) for key in [(0, "bc", 7), (0, "bc", 8), (1, "bc", 7),
+                                            (0, "rl", 7)]}) == 4
+
+
+def test_dataset_offsets_count_frames(paint):
+    """Fails if the concatenated order that latents use is off."""
+    assert paint.offsets[0] == 0 and (np.diff(paint.offsets) == paint.lengths).all()
+    assert paint.frames_total == sum(len(paint.episode(i)["frames"]) for i in range(25))
+
+
+def test_recording_is_the_same_with_any_number_of_workers(tmp_path):
+    """Fails if a player's or a world's randomness depends on the process."""
+    one = data.record("crafter", tmp_path / "one", 3, 40, 5, workers=1)
+    two = data.record("crafter", tmp_path / "two", 3, 40, 5, workers=2)
+    assert one.fingerprint == two.fingerprint
+    assert (one.episode(0)["frames"][39] != one.episode(1)["frames"][39]).any()     # control
+    assert one.lengths.tolist() == [40, 40, 40] and one.skills == two.skills
+    assert one.episode(0)["probe_inventory"].shape == (40, 16)
+    assert (one.episode(0)["probe_semantic"][:, 4, 3] == 13).all()              # the player
+    assert "collect_diamond" in data.describe(one)
+
+
+def test_crafter_is_deterministic_across_processes(tmp_path):
+    """Fails if creatures are drawn from sets ordered by memory address."""
+    script = tmp_path / "walk.py"
+    script.write_text(f"""
+import hashlib, os, sys, numpy as np
+sys.path.insert(0, {str(REPO)!r})
+import data
+padding = [object() for _ in range(int(sys.argv[1]) * 100_003)]                # other addresses
+env, rng, content = data.Crafter(), np.random.default_rng(0), hashlib.sha256()
+content.update(env.reset(5))
+for _ in range(120):
+    content.update(np.ascontiguousarray(env.step(env.spec.actions.sample(rng))[0]))
+print(content.hexdigest(), type(next(iter(env.env._world._chunks.values()))).__name__)
+""")
+    runs = [subprocess.Popen([sys.executable, script, str(i)], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONHASHSEED": str(i)}) for i in (1, 2)]
+    one, two = [run.communicate()[0] for run in runs]
+    assert one == two and one.split()[1] == "InsertionSet", (one, two)
+
+
+def test_crafter_events_rise_with_the_achievement_counters(crafter):
+    """Fails if an event is given for the first time only, or a step late."""
+    env, _ = crafter
+    player, log = None, []
+    env.reset(3)
+    player = env.player(np.random.default_rng(0), "skilled")
+    for _ in range(60):
+        before = np.array(list(env.env._player.achievements.values()))
+        _, events, _ = env.step(player.act())
+        rise = np.array(list(env.env._player.achievements.values())) - before
+        assert (events == (rise > 0)).all()
+        log.append(events)
+    wood = np.array(log)[:, env.spec.tasks.index("collect_wood")]
+    assert wood.sum() > 1                                                        # each time
+
+
+def test_crafter_ends_at_death_only(crafter):
+    """Fails if a time limit ends episodes, or death does not."""
+    env, _ = crafter
+    env.reset(3)
+    env.env._step = 20_000                                                       # past any limit
+    idle = env.spec.actions.zeros()
+    assert not env.step(idle)[2]
+    env.env._player.health = 0
+    assert env.step(idle)[2]
+
+
+def test_crafter_probe_does_not_change_the_world(crafter):
+    """Fails if looking at the truth draws from the world's randomness."""
+    env, _ = crafter
+    frames = []
+    for looks in (0, 1):
+        env.reset(3)
+        env.env._step = 200                                                      # night: noise
+        for _ in range(12):
+            frame = env.step(env.spec.actions.zeros())[0]
+            if looks:
+                assert env.probe()["probe_semantic"].shape == (9, 7)
+        frames.append(frame)
+    assert (frames[0] == frames[1]).all()
+
+
+def test_skilled_player_places_a_table(crafter):
+    """Fails if the player's plans are broken. Control: random play doesn't."""
+    env, _ = crafter
+    env.reset(3)
+    for skilled in (True, False):
+        env.reset(3)
+        rng = np.random.default_rng(0)
+        player = env.player(rng, "skilled")
+        act = player.act if skilled else (lambda: env.spec.actions.sample(rng))
+        done = np.any([env.step(act())[1] for _ in range(100)], 0)
+        assert done[env.spec.tasks.index("place_table")] == skilled
+        assert done[env.spec.tasks.index("collect_wood")] or not skilled
+
+
+def test_vec_env_equals_single_envs():
+    """Fails if workers mix up environments or step a finished one."""
+    seeds, rng, single = [0, 1, 2, 3, 4], np.random.default_rng(0), [PaintEnv() for _ in range(5)]
+    with data.VecEnv(PAINT, seeds, workers=2) as env:
+        frames, ended = env.reset(), np.zeros(5, bool)
+        last = [e.reset(s) for e, s in zip(single, seeds, strict=True)]
+        assert (frames == last).all()
+        for _ in range(20):
+            actions = env.spec.actions.sample(rng, 5)
+            frames, events, terminal = env.step(actions)
+            for i in range(5):
+                if ended[i]:
+                    assert terminal[i] and not events[i].any() and (frames[i] == last[i]).all()
+                else:
+                    one = single[i].step({k: v[i] for k, v in actions.items()})
+                    assert (frames[i] == one[0]).all() and (events[i] == one[1]).all()
+                    last[i], ended[i] = frames[i], one[2]
+                    assert terminal[i] == ended[i]
+        assert ended.tolist() == [True, False, False, True, False]
+        processes = env.processes
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_half_written_episodes_are_recorded_again(tmp_path):
+    """Fails if a .tmp or a cut-off file counts as an episode, or whole ones are made anew."""
+    made = data.record(PAINT, tmp_path / "a", 4, 20, 1, workers=1)
+    folder, about = tmp_path / "a", json.loads((tmp_path / "a/dataset.json").read_text())
+    keep = data.episode_path(folder, 0)
+    cut, lost = data.episode_path(folder, 1), data.episode_path(folder, 2)
+    cut.write_bytes(cut.read_bytes()[:-7])
+    with pytest.raises(UserError, match="episode_00001"):
+        data.Dataset(folder)
+    lost.rename(lost.with_suffix(".tmp"))
+    (folder / "dataset.json").write_text(json.dumps(
+        {**about, "complete": False, "command": "python data.py record --seed 1"}))
+    with pytest.raises(UserError, match="incomplete.*record --seed 1"):
+        data.Dataset(folder)
+    before = keep.stat().st_mtime_ns
+    again = data.record(PAINT, folder, 4, 20, 1, workers=1)
+    assert again.fingerprint == made.fingerprint and keep.stat().st_mtime_ns == before
+
+
+def test_recording_into_other_settings_is_refused(paint):
+    """Fails if two recordings get mixed in one folder. Control: the same settings pass."""
+    with pytest.raises(UserError, match="seed = 1.*need.*do:"):
+        data.record(PAINT, paint.path, 25, 30, 1, workers=1)
+    assert data.record(PAINT, paint.path, 25, 30, 0, workers=1).fingerprint == paint.fingerprint
+
+
+def test_imported_episodes_are_checked(tmp_path):
+    """Fails if an importer's mistake gets into a dataset. Control: the correct one is read."""
+    spec = EnvSpec("toy", 4, 4, ActionSpec(continuous=2), ("t",))
+    T, actions = 6, spec.actions.sample(np.random.default_rng(0), 6)
+    frames, events, ends = np.zeros((T, 4, 4, 3)), np.zeros((T, 1)), np.ones(T)
+    data.write_episode(tmp_path, 0, frames, actions, events, ends)
+    data.finish_dataset(tmp_path, spec, {"source": "test"})
+    read = data.Dataset(tmp_path).read([0], [1], 4)
+    assert (read["continuous"][0] == actions["continuous"][1:5]).all()
+    assert read["binary"].shape == (1, 4, 0) and read["categorical"].dtype == np.int64
+    assert data.Dataset(tmp_path).spec == spec
+    far = {**actions, "continuous": actions["continuous"] + 2}
+    for wrong in ((frames, far, events, ends), (frames, actions, events + 1, ends),
+                  (frames, actions, events, ends - 1), (frames[:, :3], actions, events, ends)):
+        data.write_episode(tmp_path, 0, *wrong)
+        with pytest.raises(UserError, match="episode_00000"):
+            data.finish_dataset(tmp_path, replace(spec), {})
+    with pytest.raises(UserError, match="rows"):
+        data.write_episode(tmp_path, 0, frames[:3], actions, events, ends)
+
+
+def test_user_errors_exit_2_with_one_line(tmp_path):
+    """Fails if a user's mistake ends in a traceback or in success."""
+    for words, need in [(("describe", "--data", tmp_path), "without a dataset.json"),
+                        (("record", "--env", "nope", "--out", tmp_path / "x"), "'nope'"),
+                        (("record", "--episodes", 0, "--out", tmp_path / "x"), "0 episodes")]:
+        code, _, message = command(*words)
+        assert code == 2 and need in message and len(message.splitlines()) == 1, message
+    code, _, message = command("record", "--flag", "--out", "x")
+    assert code == 2 and "--flag" in message and not (tmp_path / "x").exists()
+
+
+def test_interrupted_recording_goes_on(tmp_path):
+    """Fails if Ctrl-C loses whole episodes, leaves half ones, or does not exit with 130."""
+    words = ["record", "--env", PAINT, "--episodes", "4000", "--length", "30", "--workers", "1",
+             "--out", str(tmp_path / "set")]
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); " \
+             f"sys.argv = {['data.py', *words]!r}; import data; data.run_cli(data.main)"
+    run = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "set/episode_00005.npy").exists():
+        assert run.poll() is None, run.communicate()
+    run.send_signal(2)
+    message = run.communicate(timeout=20)[1]
+    assert run.returncode == 130 and "the same command goes on" in message.splitlines()[-1]
+    about = json.loads((tmp_path / "set/dataset.json").read_text())
+    kept = sorted((tmp_path / "set").glob("*.npy"))
+    assert not about["complete"] and 6 <= len(kept) < 4000
+    spec = PaintEnv().spec
+    assert all(len(data.open_episode(path, spec)) in (13, 30) for path in kept)
+    assert hashlib.sha256(kept[0].read_bytes()).digest()
+
+
 # -------------------------------------------------------- tokenizer.py: efficient transformer
 
 def randomize(module, seed=0, std=0.3):
@@ -423,7 +788,7 @@ def test_agent_token_is_unseen_and_sees_all():
     z_b, h_b = model(z, tau, d, actions, labelled, task + 1)
     z_none, h_none = model(z, tau, d, actions, labelled)
     assert torch.equal(z_a, z_b) and torch.allclose(z_a, z_none, atol=1e-6) and h_none is None
-    assert (h_a - h_b).abs().min(-1)[0].max() >= 0 and (h_a - h_b).abs().max() > 1e-3
+    assert (h_a - h_b).abs().amax((0, 2)).min() > 1e-3
     changed = z.clone()
     changed[:, 1] += 1
     change = (model(changed, tau, d, actions, labelled, task)[1] - h_a).abs().amax((0, 2))
@@ -704,7 +1069,8 @@ def test_imagination_returns_align_with_actions():
     leads to a frame, so only action 3 may be scored up."""
     agent = tiny_agent(gamma=0.0)
     h = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(0))
-    chosen = {"categorical": torch.randint(5, (64, 5, 1), generator=torch.Generator().manual_seed(1)),
+    generator = torch.Generator().manual_seed(1)
+    chosen = {"categorical": torch.randint(5, (64, 5, 1), generator=generator),
               "binary": torch.zeros(64, 5, 0)}
     rewards = torch.zeros(64, 6)
     rewards[:, 1:] = (chosen["categorical"][..., 0] == 3).float()
@@ -755,3 +1121,289 @@ def test_continue_probability_is_calibrated():
                      torch.ones(10, dtype=torch.bool))[0]["continue"].backward()
         optimizer.step()
     assert abs(float(agent.continue_prob(h)[0, 0].detach()) - 0.9) < 0.01
+
+
+# ------------------------------------------------------------------- play.py: real environments
+
+class KeyEnv(PaintEnv):
+    """PaintEnv with keys and a category alone, so that a policy can play it; a ladder of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = replace(self.spec, actions=ActionSpec(2, (5,)), rungs=("four", "both_keys"),
+                            ladder=(("four", 2), ("both_keys", 0)))
+
+
+def key_run():
+    """A run for KeyEnv with random weights, as load_run would give it."""
+    spec = KeyEnv().spec
+    tokenizer = tiny_tokenizer()
+    dynamics = tiny_dynamics(spec.actions, tasks=2)
+    return Run(Path("none"), "agent", spec, tokenizer, dynamics, tiny_agent(spec.actions))
+
+
+def test_intervals_against_known_values():
+    """Fails if Wilson's centre or width is wrong (8 of 10: 0.490 to 0.943), or the bootstrap does
+    not keep pairs together."""
+    low, high = play.wilson(8, 10)
+    assert abs(low - 0.4902) < 1e-3 and abs(high - 0.9433) < 1e-3
+    assert play.wilson(0, 10)[0] == 0 and play.wilson(0, 10)[1] > 0.2
+    x = np.random.default_rng(0).normal(size=200)
+    value, low, high = play.bootstrap(lambda a, b: (a - b).mean(), x + 1, x)
+    assert abs(value - 1) < 1e-9 and abs(high - low) < 1e-9         # paired: no spread
+    value, low, high = play.mean_interval(x)
+    assert abs((high - low) / 2 - 1.96 * x.std(ddof=1) / math.sqrt(200)) < 1e-9
+
+
+def test_psnr_is_of_the_mean_error():
+    """Fails if decibels are averaged: errors 0.1 and 0.001 give 12.97 dB, not 20."""
+    assert abs(play.decibel(np.array([0.1, 0.001])) - 12.967) < 1e-3
+    black, white = torch.zeros(1, 1, 2, 2, 3).byte(), torch.full((1, 1, 2, 2, 3), 255).byte()
+    assert play.squared_error(black, white) == 1
+
+
+def test_ladder_advances_by_real_events():
+    """Fails if events of other tasks count, a prompt changes early, or the last one ends."""
+    ladder = play.Ladder(KeyEnv().spec, 2)
+    assert ladder.task.tolist() == [0, 0]
+    both, none = np.ones((2, 2), bool), np.zeros((2, 2), bool)
+    first = np.array([[1, 0], [0, 1]], bool)
+    assert ladder.advance(first).tolist() == [False, False]
+    assert ladder.advance(none).tolist() == [False, False]
+    assert ladder.advance(first).tolist() == [True, False]
+    assert ladder.task.tolist() == [1, 0]
+    for _ in range(3):
+        ladder.advance(both)
+    assert ladder.task.tolist() == [1, 1]
+
+
+def test_cached_h_equals_recomputed_h_after_a_change_of_task(monkeypatch):
+    """Fails if a changed prompt leaves old agent tokens in the cache, or rows are mixed up."""
+    monkeypatch.setattr(Dream, "noise", lambda self, B, T: torch.zeros(B, T, 2, 6))
+    run, N, T = key_run(), 3, 9
+    spec, rng = run.spec.actions, np.random.default_rng(0)
+    frames = rng.integers(0, 256, (T, N, 8, 12, 3), dtype=np.uint8)
+    actions = [spec.sample(rng, N) for _ in range(T)]
+    actor = play.Actor(run, np.zeros(N, int), torch.Generator())
+    task = np.zeros(N, int)
+    for t in range(T):
+        changed = np.array([False, t == 6, t == 2])
+        task = np.where(changed, 1, task)
+        before = actor.h.clone() if t else None
+        actor.observe(frames[t], actions[t], t > 0, task, changed)
+    whole = torch.from_numpy(frames).transpose(0, 1)
+    z = run.tokenizer.encode(whole)
+    a = {k: torch.from_numpy(np.stack([x[k] for x in actions], 1)) for k in actions[0]}
+    labelled = torch.arange(T).expand(N, T) > 0
+    h = Dream(run.dynamics).commit(z, a, labelled, torch.as_tensor(task)[:, None].expand(N, T))
+    assert torch.allclose(actor.h, h[:, -1], atol=1e-5)
+    other = Dream(run.dynamics).commit(z, a, labelled, torch.zeros(N, T, dtype=torch.long))
+    assert (other[1:, -1] - h[1:, -1]).abs().max() > 1e-3           # control: the task matters
+    assert before is not None
+
+
+def test_evaluation_plays_the_sampled_policy(tmp_path):
+    """Fails if events, first times or the mapping of actions to environments are shifted."""
+    first = play.evaluate_agent(KEYS, range(1, 5), 40, None, workers=1)
+    assert first.shape == (4, 2) and np.isfinite(first).all() and first.min() >= 1
+    run = key_run()
+    for parameter in run.agent.policy.parameters():
+        parameter.data.zero_()
+    logits = torch.full((3, 9), -30.0)
+    logits[:, [0, 1, 6]] = 30.0                                     # both keys, category 4
+    run.agent.policy.out.bias.data = logits.flatten()
+    first = play.evaluate_agent(KEYS, range(1, 4), 6, run, workers=1, gif=tmp_path / "x.gif")
+    assert (first[:, 1] == 1).all() and (first[:, 0] == 1).sum() in (0, 3)
+    assert (tmp_path / "x.gif").stat().st_size > 0
+    assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first).sum(1).tolist()
+
+
+def test_paired_noise_makes_dreams_repeat(monkeypatch):
+    """Fails if the dream's noise depends on more than the seed: then shuffled actions are not
+    compared with the same noise."""
+    run = key_run()
+    z, _, labelled = play_inputs(2, 6)
+    actions = {k: torch.from_numpy(x) for k, x in
+               run.spec.actions.sample(np.random.default_rng(0), 2, 6).items()}
+    films = [play.dream_clips(run, z, a, labelled, 3, seed)
+             for a, seed in ((actions, 0), (actions, 0), (actions, 1),
+                             ({k: x.flip(0) for k, x in actions.items()}, 0))]
+    assert torch.equal(films[0], films[1]) and films[0].shape == (2, 6, 8, 12, 3)
+    assert not torch.equal(films[0], films[2]) and not torch.equal(films[0], films[3])
+    assert torch.equal(films[0][:, :3], films[3][:, :3])            # the context is the same
+
+
+# -------------------------------------------------------------------------------------- train.py
+
+KEYS = f"{__name__}:KeyEnv"
+TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 30 --data.reference_episodes 2
+--data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.dim 16
+--tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.encoder_layers 3
+--tokenizer.decoder_layers 3 --dynamics.dim 16 --dynamics.layers 3 --dynamics.context 8
+--agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
+--train.batch 6 --train.length 6 --train.long_length 12 --train.imagine_batch 4
+--train.tokenizer_steps 8 --train.dynamics_steps 8 --train.agent_steps 8 --train.imagine_steps 8
+--train.compile false --train.log_every 4 --train.save_every 3""".split()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+def train_here(monkeypatch, workplace, *flags):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
+    train.main()
+
+
+def test_every_stage_runs_and_resume_equals_an_uninterrupted_run(monkeypatch, workplace):
+    """Fails if a stage can't use what the one before it made, or optimizer, normalizer, step or
+    batch order differ after an interruption."""
+    finals = {}
+    for name in ("whole", "cut"):
+        for stage in STAGES:
+            if name == "cut":
+                real, count = train.save, []
+
+                def broken(path, state):
+                    real(path, state)
+                    count.append(path)
+                    if len(count) == 2:                             # after step 6 of 8
+                        raise KeyboardInterrupt
+
+                monkeypatch.setattr(train, "save", broken)
+                with pytest.raises(KeyboardInterrupt):
+                    train_here(monkeypatch, workplace, "--run", name, "--stage", stage)
+                monkeypatch.setattr(train, "save", real)
+            train_here(monkeypatch, workplace, "--run", name, "--stage", stage)
+            path = workplace / "runs" / name / f"{stage}.pt"
+            finals[name, stage] = torch.load(path, weights_only=True)
+    for stage, module in zip(STAGES, ("tokenizer", "dynamics", "agent", "agent"), strict=True):
+        a, b = finals["whole", stage][module], finals["cut", stage][module]
+        assert all(torch.equal(a[k], b[k]) for k in a), stage
+    a, b = finals["whole", "agent"]["dynamics"], finals["whole", "dynamics"]["dynamics"]
+    assert any(not torch.equal(a[k], b[k]) for k in a)              # the agent stage trains it
+    a, b = finals["whole", "imagine"], finals["whole", "agent"]
+    assert all(torch.equal(a["dynamics"][k], b["dynamics"][k]) for k in a["dynamics"])
+    moved = {k.split(".")[0] for k in a["agent"] if not torch.equal(a["agent"][k], b["agent"][k])}
+    assert moved == {"policy", "value"}
+    assert all(torch.equal(a["agent"][k], b["agent"]["policy" + k[5:]])
+               for k in a["agent"] if k.startswith("prior"))        # it is the BC policy
+
+
+def test_one_command_ends_with_results_and_report(monkeypatch, workplace, capsys):
+    """Fails if the whole run leaves out a promised figure or picture."""
+    train_here(monkeypatch, workplace, "--run", "all")
+    folder = workplace / "runs" / "all"
+    results = json.loads((folder / "results.json").read_text())
+    names = {"wall_seconds_total", "tokenizer_psnr_db", "recon_psnr_db", "ladder_random",
+             "ladder_bc", "ladder_rl", "ladder_rl_minus_bc", "success_rl_four",
+             "imagined_frames_per_s", "dream_fps_batch1",
+             *(f"wall_seconds_{s}" for s in STAGES),
+             *(f"{x}_psnr_db_h{h}" for x in ("dream", "repeat", "shuffled")
+               for h in (1, 4, 8, 16))}
+    assert names <= set(results), names - set(results)
+    assert all(set(r) == {"value", "low", "high", "n", "unit", "command"}
+               for r in results.values())
+    for picture in ("tokenizer_reconstructions.png", "dream.gif", "success.png",
+                    "episode_rl.gif", "imagine_curves.png", "report.md"):
+        assert (folder / picture).stat().st_size > 0
+    assert "Done in" in capsys.readouterr().out
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    keys = set().union(*(json.loads(x) for x in lines))
+    assert {"mse", "flow", "boot", "bc", "reward", "continue", "policy", "value", "x_error_tau0",
+            "boot_error_d1", "kl_prior", "positive_share", "grad_norm"} <= keys
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_overfits_one_batch(monkeypatch, workplace, stage):
+    """Fails on any wiring error that keeps a stage from learning what it is shown."""
+    monkeypatch.setattr(train, "rng_for", lambda seed, stage, step: data.rng_for(0, stage, 0))
+    flags = ["--run", "overfit", "--stage", stage, "--train.save_every", "1000",
+             f"--train.{stage}_steps", "150", "--train.log_every", "10", "--train.long_share", "0"]
+    train_here(monkeypatch, workplace, *flags)
+    lines = [json.loads(x) for x in
+             (workplace / "runs" / "overfit" / "metrics.jsonl").read_text().splitlines()]
+    lines = [x for x in lines if x["stage"] == stage]
+    for key in {"tokenizer": ["mse"], "dynamics": ["flow"], "agent": ["bc_next_action", "reward"],
+                "imagine": ["value"]}[stage]:
+        assert lines[-1][key] < 0.85 * lines[0][key], (key, lines[0][key], lines[-1][key])
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--dynamics.k_maxx", "4"], "--dynamics.k_maxx"), (["--dynamics.k_max", "6"], "k_max 6"),
+    (["--tokenizer.heads", "3"], "heads 3"), (["--dynamics.prediction", "y"], "'y'"),
+    (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
+    (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
+    (["--stage", "dynamics", "--run", "/nowhere/new"], "nowhere")])
+def test_bad_flags_exit_2_with_one_line(flags, word, workplace, monkeypatch, capsys):
+    """Fails if a bad flag or value gives a traceback, or an error that does not name it."""
+    monkeypatch.setattr(train.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(
+        UserError("Can't write /nowhere/new")) if "nowhere" in word else None)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: train_here(monkeypatch, workplace, *flags))
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_missing_stages_are_named(tmp_path):
+    """Fails if a missing or damaged checkpoint gives a traceback in place of got, need, do."""
+    with pytest.raises(UserError, match="--stage dynamics"):
+        load_run(tmp_path / "none", "dynamics")
+    (tmp_path / "tokenizer.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="Can't read"):
+        load_run(tmp_path)
+
+
+def test_presets_name_real_flags_and_sizes():
+    """Fails if a preset sets a flag that does not exist, or sizes that do not fit together."""
+    for preset in train.PRESETS:
+        args, configs = train.parse(["--preset", preset])
+        for key, value in train.PRESETS[preset].items():
+            prefix, field = key.split(".")
+            assert configs[prefix][field] == value
+
+
+def test_windows_alternate_between_short_and_long():
+    """Fails if long windows are not every fourth and all of the last tenth."""
+    cfg = train.TrainConfig(batch=12, length=4, long_length=16)
+    lengths = [train.window(cfg, step, 100) for step in range(100)]
+    assert lengths[:4] == [(12, 4)] * 3 + [(3, 16)] and set(lengths[90:]) == {(3, 16)}
+    assert sum(length == 16 for _, length in lengths[:90]) == 22
+
+
+# --------------------------------------------------------------------------------------- README
+
+def test_readme_commands_parse():
+    """Fails if the README shows a command that the programs refuse."""
+    lines = (REPO / "README.md").read_text().splitlines()
+    commands = [part.strip().strip("`") for line in lines
+                for part in line.replace("\\", "").split("&&") if "python" in part]
+    seen = 0
+    for words in (c.split("#")[0].split() for c in commands):
+        if "train.py" in words:
+            train.parse(words[words.index("train.py") + 1:])
+        elif "play.py" in words:
+            play.make_parser().parse_args(words[words.index("play.py") + 1:])
+        elif "data.py" in words:
+            data.make_parser().parse_args(words[words.index("data.py") + 1:])
+        else:
+            continue
+        seen += 1
+    assert seen >= 8
+
+
+def test_every_equation_has_one_home():
+    """Fails if an equation is cited by no function, or by two files, or not in the README."""
+    readme = (REPO / "README.md").read_text()
+    sources = {name: (REPO / name).read_text()
+               for name in ("tokenizer.py", "dynamics.py", "agent.py", "train.py", "play.py")}
+    for i in range(2, 12):
+        homes = [name for name, text in sources.items() if f'"""Eq. {i} (' in text
+                 or f'"""Eq. {i}:' in text]
+        if i != 3:                                      # Eq. 1 and 3 are cases of Eq. 7
+            assert len(homes) == 1, (i, homes)
+    for i in range(1, 12):
+        assert f"| Eq. {i} " in readme
+    assert "(Eq. 1)" in sources["dynamics.py"] and "(Eq. 3)" in sources["dynamics.py"]
