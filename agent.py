@@ -10,6 +10,7 @@ reaching it, and h[:, t] comes after it. Departures from the paper: README, "Dep
 
 import contextlib
 import copy
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -281,7 +282,7 @@ def imagination_losses(agent, h, actions):
               "value": value_loss(agent.value(h[:, :-1])[..., 0, :], returns, agent.bins)}
     spread = returns.var().clamp_min(1e-8)
     return losses, {"imagined_reward": rewards[:, 1:].sum(1).mean(), "kl_prior": kl.mean().detach(),
-                    "entropy": -log_prob.mean().detach(), "value": values.mean(),
+                    "entropy": -log_prob.mean().detach(), "value_mean": values.mean(),
                     "value_explained": 1 - advantages.var() / spread,
                     "positive_share": (advantages >= 0).float().mean()}
 
@@ -357,7 +358,8 @@ def load_run(path, stage=None, device="cpu"):
             if module := getattr(run, name):
                 module.load_state_dict(state[name])
                 module.to(device).eval().requires_grad_(False)
-    except (OSError, KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError,
+            pickle.UnpicklingError) as error:
         raise UserError(f"Can't read the checkpoint {path} ({type(error).__name__}: "
                         f"{str(error).splitlines()[0]}): train that stage again.") from None
     return run

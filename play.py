@@ -35,7 +35,8 @@ def wilson(successes, n):
     """95 % Wilson interval of a success rate."""
     z, p = 1.96, successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def mean_interval(x):
@@ -93,6 +94,9 @@ def reference_clips(dataset, per_episode, length, device):
             starts = np.linspace(0, room, per_episode).astype(int)
             episode += [i] * per_episode
             start += list(starts)
+    if not episode:
+        raise UserError(f"Got episodes of at most {max(dataset.lengths)} frames in {dataset.path}, "
+                        f"need one of {length} to compare a dream with: record longer ones.")
     clips = dataset.read(np.array(episode), np.array(start), length)
     clips = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in clips.items()}
     return clips, {k: clips[k] for k in ("binary", "categorical", "continuous")}
@@ -365,6 +369,7 @@ def dream_film(run, dataset, rows=4, context=16, horizon=32, dtype="auto", seed=
     """uint8 (T, H', W', 3): for each clip imagined (left) and real (right). The left border is
     green while the model is shown real frames and orange from where it imagines."""
     device = run.tokenizer.latent_std.device
+    horizon = min(horizon, max(dataset.lengths) - context)
     clips, actions = reference_clips(dataset, 1, context + horizon, device)
     pick = torch.linspace(0, len(clips["frames"]) - 1, rows).long()
     real, labelled = clips["frames"][pick], clips["labelled"][pick]

@@ -49,7 +49,7 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     """Steps, batches and learning rates."""
-    tokenizer_steps: int = 1500
+    tokenizer_steps: int = 2200
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 3600
@@ -286,13 +286,16 @@ def train_tokenizer(job):
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
     compile_blocks(job, tokenizer)
 
-    def frames(rng):
-        episode, start, _ = job.dataset.sample(rng, cfg.tokenizer_batch, cfg.tokenizer_length)
+    def frames(rng, relevant):
+        half = cfg.tokenizer_batch // 2         # relevant windows show the rare things more often
+        parts = [job.dataset.sample(rng, n, cfg.tokenizer_length, r and len(job.dataset.events) > 0)
+                 for n, r in ((cfg.tokenizer_batch - half, False), (half, relevant))]
+        episode, start, _ = (np.concatenate(x) for x in zip(*parts, strict=True))
         return job.to_device(job.dataset.read(episode, start, cfg.tokenizer_length,
                                               ["frames"])["frames"])
 
     def loss_fn(rng, generator, step):
-        x = scale_pixels(frames(rng))
+        x = scale_pixels(frames(rng, True))
         B, T = x.shape[:2]
         hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, generator, job.device)
         losses = reconstruction_loss(tokenizer(x, hidden), x, perceptual)
@@ -301,7 +304,7 @@ def train_tokenizer(job):
     fit(job, "tokenizer", [tokenizer], loss_fn, ["mse", "lpips"],
         make_optimizers([tokenizer], cfg.lr_matrix, cfg.lr), {"lpips": tokenizer.cfg.lpips})
     with torch.no_grad(), autocast(job.device, job.args.dtype):
-        z = torch.cat([tokenizer.encode(frames(rng_for(job.args.seed, "latent_std", i)))
+        z = torch.cat([tokenizer.encode(frames(rng_for(job.args.seed, "latent_std", i), False))
                        for i in range(8)])
         tokenizer.latent_std.copy_(z.float().std())
     save_stage(job, "tokenizer", cfg.tokenizer_steps, tokenizer=tokenizer)
@@ -396,7 +399,7 @@ def train_dynamics(job):
                                              single=single)
         return losses, metrics
 
-    fit(job, "dynamics", [dynamics], loss_fn, ["flow", "boot"],
+    fit(job, "dynamics", [dynamics], loss_fn, ["dynamics"],
         make_optimizers([dynamics], cfg.lr_matrix, cfg.lr))
     save_stage(job, "dynamics", cfg.dynamics_steps, tokenizer=run.tokenizer, dynamics=dynamics)
 
@@ -426,7 +429,7 @@ def train_agent(job):
                                           batch["continues"], is_relevant)
         return losses | more, metrics | more_metrics
 
-    fit(job, "agent", [dynamics, agent], loss_fn, ["flow", "boot", "bc", "reward", "continue"],
+    fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
         make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2))
     agent.freeze_prior()
     save_stage(job, "agent", cfg.agent_steps, tokenizer=run.tokenizer, dynamics=dynamics,
