@@ -8,7 +8,6 @@ Conventions: actions[:, t] led to frame t, rewards[:, t] and continues[:, t] wer
 reaching it, and h[:, t] comes after it. Departures from the paper: README, "Departures".
 """
 
-import contextlib
 import copy
 import pickle
 from dataclasses import dataclass
@@ -301,21 +300,25 @@ def pick_device(name="auto"):
                         f"({str(error).splitlines()[0]}). Use --device auto.") from None
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(device, name="auto"):
+    """--dtype: "auto" is bf16 where the hardware has it, fp16 on CUDA without, else fp32."""
+    if name == "auto" and device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if name == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if device.type == "cpu" and fast else "fp32"
+    if name not in DTYPES:
+        raise UserError(f"Got --dtype {name}, need auto, bf16, fp16 or fp32.")
+    return name
+
+
 def autocast(device, dtype="auto"):
-    """Context in which matrix products run in `dtype`: "auto" is bf16 where the hardware has it,
-    fp16 on CUDA without bf16, else fp32. Parameters, norms and losses stay fp32."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        else:
-            cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            dtype = "bf16" if device.type == "cpu" and cpu else "fp32"
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-    if dtype not in types:
-        raise UserError(f"Got --dtype {dtype}, need auto, bf16, fp16 or fp32.")
-    if types[dtype] is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, types[dtype])
+    """Context in which matrix products run in `dtype`. Parameters, norms and losses stay fp32."""
+    dtype = DTYPES[pick_dtype(device, dtype)]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 STAGES = ("tokenizer", "dynamics", "agent", "imagine")

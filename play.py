@@ -285,7 +285,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
                 if run:
                     actor.observe(frames, actions, True, ladder.task, changed)
     if gif:
-        write_gif(gif, np.stack(film))
+        write_film(gif, np.stack(film))
     return first
 
 
@@ -350,9 +350,10 @@ def enlarge(frames, factor=2):
     return np.asarray(frames).repeat(factor, -3).repeat(factor, -2)
 
 
-def write_gif(path, frames, fps=8):
-    """frames uint8 (T, H, W, 3)."""
-    imageio.mimwrite(path, list(enlarge(frames)), duration=1000 / fps, loop=0)
+def write_film(path, frames, fps=8):
+    """frames uint8 (T, H, W, 3) -> .gif or .mp4, twice as large."""
+    how = {"fps": fps} if Path(path).suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
+    imageio.mimwrite(path, list(enlarge(frames)), **how)
 
 
 def border(frames, color, width=3):
@@ -491,6 +492,7 @@ def make_parser():
     parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
+    parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
     parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise")
     parser.add_argument("--workers", type=int, default=0, help="processes, 0: one per core")
@@ -511,9 +513,8 @@ def main():
         if run.dynamics is None:
             raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
         path = Path(args.out or folder / "dream.gif")
-        film = dream_film(run, dataset, horizon=args.horizon, dtype=args.dtype, seed=args.seed)
-        imageio.mimwrite(path, list(film), **({"fps": 8} if path.suffix == ".mp4" else
-                                              {"duration": 125, "loop": 0}))
+        write_film(path, dream_film(run, dataset, args.clips, horizon=args.horizon,
+                                    dtype=args.dtype, seed=args.seed))
         print(path)
         return
     command = f"python play.py eval --run {args.run} --episodes {args.episodes}"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import play
 from agent import (STAGES, Agent, AgentConfig, agent_losses, autocast, imagination_losses,
-                   imagine_rollout, load_run, pick_device)
+                   imagine_rollout, load_run, pick_device, pick_dtype)
 from data import Dataset, UserError, make_env, record, rng_for, run_cli
 from dynamics import Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, lpips_loss, mae_mask,
@@ -37,22 +37,22 @@ class DataConfig:
     """Recorded play to train on, and the episodes that judge the result."""
     env: str = "crafter"
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded where missing
-    episodes: int = 280
+    episodes: int = 320
     length: int = 300
     seed: int = 0
     workers: int = 0            # 0: one process per core
     reference_episodes: int = 40
-    eval_episodes: int = 64
+    eval_episodes: int = 100
     eval_length: int = 500
 
 
 @dataclass
 class TrainConfig:
     """Steps, batches and learning rates."""
-    tokenizer_steps: int = 2200
+    tokenizer_steps: int = 2000
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 3600
+    dynamics_steps: int = 3000
     agent_steps: int = 1000
     imagine_steps: int = 200
     batch: int = 32             # of short windows; long ones hold as many frames in all
@@ -62,8 +62,9 @@ class TrainConfig:
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
-    lr_imagine: float = 3e-4    # AdamW: policy and value head
-    warmup: int = 50
+    lr_policy: float = 5e-4     # AdamW in imagination
+    lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
+    warmup: int = 50            # steps, at most a tenth of the stage
     value_first: int = 20       # imagination steps in which only the value head learns
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
@@ -201,6 +202,31 @@ def save_stage(job, stage, step, **modules):
     (job.folder / f"{stage}.resume.pt").unlink(missing_ok=True)
 
 
+class Log:
+    """Means of the metrics between two lines of runs/NAME/metrics.jsonl."""
+
+    def __init__(self, folder, stage):
+        self.file, self.stage = open(folder / "metrics.jsonl", "a"), stage
+        self.sums, self.mark = {}, (None, None)
+
+    def add(self, values):
+        for key, value in values.items():       # nan: a bin that no frame of this batch fell into
+            total, n = self.sums.get(key, (0.0, 0))
+            value = value.detach()
+            self.sums[key] = total + value.nan_to_num(), n + ~value.isnan()
+
+    def write(self, step):
+        """One line; returns it, with the rate in steps per second."""
+        means = {k: float(total / n) for k, (total, n) in self.sums.items() if n > 0}
+        last, begin = self.mark
+        self.sums, self.mark = {}, (step, time.perf_counter())
+        rate = (step - last) / (self.mark[1] - begin) if begin else None
+        line = {"stage": self.stage, "step": step, **means, "rate": rate}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        return line
+
+
 def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
     """The loop of every stage. loss_fn(rng, generator, step) -> losses by name, metrics."""
     cfg, steps = job.train, getattr(job.train, f"{stage}_steps")
@@ -215,51 +241,39 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
         start = state["step"]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     print(f"Stage {stage}: {sum(p.numel() for p in parameters):,} parameters, steps {start} to "
-          f"{steps}, {job.device}, dataset {job.dataset.frames_total:,} frames in "
-          f"{len(job.dataset.lengths)} episodes.")
-    bar, sums, mark = tqdm(range(start, steps), initial=start, total=steps, desc=stage), {}, None
-    begin = time.perf_counter()
-    with open(job.folder / "metrics.jsonl", "a") as log:
-        for step in bar:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(step, steps, cfg.warmup, cfg.cooldown)
-            rng = rng_for(job.args.seed, stage, step)
-            generator = torch.Generator(job.device).manual_seed(int(rng.integers(2 ** 31)))
-            with autocast(job.device, job.args.dtype):
-                losses, metrics = loss_fn(rng, generator, step)
-            total = normalizer(losses, weights)
-            scaler.scale(total).backward()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-            if not torch.isfinite(total) or not (scaler.is_enabled() or torch.isfinite(norm)):
-                raise UserError(f"Got a loss of {float(total)} at step {step} of {stage} (seed "
-                                f"{job.args.seed}): try a lower --train.lr_matrix and --train.lr.")
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
-            for key, value in {**losses, **metrics, "grad_norm": norm}.items():
-                if not torch.isnan(value := value.detach()):        # nan: an empty bin
-                    total_n = sums.setdefault(key, [0.0, 0])
-                    total_n[0], total_n[1] = total_n[0] + value, total_n[1] + 1
-            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-                now = time.perf_counter()
-                line = {"stage": stage, "step": step + 1,
-                        **{k: float(s / n) for k, (s, n) in sums.items()},
-                        "rate": cfg.log_every / (now - mark) if mark else None}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
-                sums, mark = {}, now
-            if step == start + 50 and job.args.stage == "all":
-                left = (time.perf_counter() - begin) / 50 * (steps - step) / 60
-                print(f"\nThis stage takes about {left:.0f} minutes" + (
-                    f", the whole run about {left / TOKENIZER_SHARE:.0f}."
-                    if stage == "tokenizer" and job.args.preset == "cpu" else "."))
-            if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-                save(resume, {"step": step + 1, "state": [x.state_dict() for x in stateful]})
+          f"{steps}, {job.device} {job.args.dtype}, dataset {job.dataset.frames_total:,} frames in "
+          f"{len(job.dataset.lengths)} episodes, every 20th kept for validation.", flush=True)
+    log, bar = Log(job.folder, stage), tqdm(range(start, steps), stage, steps, initial=start)
+    for step in bar:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = group["peak"] * schedule(step, steps, min(cfg.warmup, steps // 10),
+                                                    cfg.cooldown)
+        rng = rng_for(job.args.seed, stage, step)
+        generator = torch.Generator(job.device).manual_seed(int(rng.integers(2 ** 31)))
+        with autocast(job.device, job.args.dtype):
+            losses, metrics = loss_fn(rng, generator, step)
+        total = normalizer(losses, weights)
+        scaler.scale(total).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        if not torch.isfinite(total) or not (scaler.is_enabled() or torch.isfinite(norm)):
+            raise UserError(f"Got a loss of {float(total)} at step {step} of {stage} (seed "
+                            f"{job.args.seed}): try a lower --train.lr_matrix and --train.lr.")
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        log.add({**losses, **metrics, "grad_norm": norm})
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            line = log.write(step + 1)
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
+            if step + 1 == start + 2 * cfg.log_every and (job.args.preset, stage) == (
+                    "cpu", "tokenizer"):
+                minutes = steps / line["rate"] / 60 / TOKENIZER_SHARE
+                bar.write(f"At this speed all stages together take about {minutes:.0f} minutes.")
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            save(resume, {"step": step + 1, "state": [x.state_dict() for x in stateful]})
     for module in modules:
         module.eval()
 
@@ -459,9 +473,9 @@ def train_imagine(job):
             del losses["policy"]
         return losses, metrics
 
-    optimizer = torch.optim.AdamW([*agent.policy.parameters(), *agent.value.parameters()],
-                                  lr=cfg.lr_imagine, weight_decay=0.0)
-    optimizer.param_groups[0]["peak"] = cfg.lr_imagine
+    optimizer = torch.optim.AdamW([{"params": agent.policy.parameters(), "peak": cfg.lr_policy},
+                                   {"params": agent.value.parameters(), "peak": cfg.lr_value}],
+                                  weight_decay=0.0)
     fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer])
     save_stage(job, "imagine", cfg.imagine_steps, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
@@ -479,7 +493,7 @@ def pictures(job, stage, reference):
                                          "tokenizer_reconstructions.png", dtype=job.args.dtype)
         else:
             film = play.dream_film(run, reference, dtype=job.args.dtype)
-            play.write_gif(job.folder / "dream.gif", film)
+            play.write_film(job.folder / "dream.gif", film)
 
 
 def evaluate(job, reference, command):
@@ -497,7 +511,7 @@ def main():
     args, configs = parse()
     begin = time.perf_counter()
     device = pick_device(args.device)
-    autocast(device, args.dtype)                    # a bad --dtype fails here
+    args.dtype = pick_dtype(device, args.dtype)
     if device.type == "cpu" and sys.platform == "linux":    # keep big buffers instead of returning
         for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system: +10 %
             ctypes.CDLL(None).mallopt(knob, value)
