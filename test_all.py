@@ -1094,7 +1094,10 @@ def test_imagination_step_changes_policy_and_value_alone():
                                         torch.Generator().manual_seed(0))
     assert h.shape == (4, 6, 16) and frames.shape == (4, 5, 2, 6)
     assert chosen["categorical"].shape == (4, 5, 1) and not h.requires_grad
-    losses, _ = imagination_losses(agent, h, chosen)
+    losses, metrics = imagination_losses(agent, h, chosen)
+    pi, prior = (head(h[:, :-1])[:, :, 0].detach() for head in (agent.policy, agent.prior))
+    kls = [float(action_kl(agent.spec, *pair).mean()) for pair in ((pi, prior), (prior, pi))]
+    assert abs(float(metrics["kl_prior"]) - kls[0]) < 1e-5 < abs(kls[0] - kls[1]) / 100
     (losses["policy"] + losses["value"]).backward()
     touched = {n.split(".")[0] for n, p in agent.named_parameters() if p.grad is not None}
     assert touched == {"policy", "value"}

@@ -54,7 +54,7 @@ class TrainConfig:
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 3000
     agent_steps: int = 1000
-    imagine_steps: int = 200
+    imagine_steps: int = 180
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
