@@ -857,6 +857,30 @@ def test_dynamics_loss_rows():
     assert (seen[0][2][2:] == model.d_min).all()
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"prediction": "v"}, {"loss_space": "v"}, {"ramp": False}, {"dense": True},
+    {"dense": True, "time_every": 1}, {"kv_heads": 4}, {"registers": 0}, {"p_boot": 1.0},
+    {"p_boot": 0.0}, {"action_tokens": 2}])
+def test_ablation_flags_train_and_dream(changes):
+    """Fails if a flag of the paper's ablation table crashes, or changes nothing."""
+    z, actions, labelled = play_inputs(4, 5)
+
+    def loss_of(**flags):
+        model = tiny_dynamics(**flags)
+        losses, _, _ = dynamics_losses(model, z, actions, labelled, round(model.cfg.p_boot * 4),
+                                       torch.Generator().manual_seed(0),
+                                       single=torch.tensor([True, False, False, False]))
+        losses["dynamics"].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        dream = Dream(model, torch.Generator().manual_seed(0))
+        dream.commit(z, actions, labelled)
+        assert dream.step({k: x[:, :1] for k, x in actions.items()})[0].isfinite().all()
+        return float(losses["dynamics"].detach())
+
+    assert math.isfinite(loss_of(**changes))
+    assert not changes or loss_of(**changes) != loss_of()
+
+
 # ------------------------------------------------------------------------------------ agent.py
 
 def tiny_agent(spec=ActionSpec(categorical=(5,)), **changes):
@@ -1397,6 +1421,16 @@ def test_readme_commands_parse():
             continue
         seen += 1
     assert seen >= 8
+
+
+def test_readme_environment_can_be_recorded(tmp_path, monkeypatch):
+    """Fails if the README's own environment is not one that can be recorded and read."""
+    code = (REPO / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "mygame.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    dataset = data.record("mygame:Game", tmp_path / "set", 2, 20, 0, workers=1)
+    assert dataset.lengths.tolist() == [20, 20] and dataset.spec.tasks == ("right_edge",)
+    assert len(code.splitlines()) <= 30
 
 
 def test_every_equation_has_one_home():
