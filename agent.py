@@ -42,6 +42,8 @@ class AgentConfig:
         for name in ("relevant", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
+        if self.relevant == 1:
+            raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
         for name in ("hidden", "bins", "context", "horizon"):
             if getattr(self, name) < 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need at least 1.")
@@ -92,9 +94,9 @@ def action_log_prob(spec, logits, actions):
     return total
 
 
-def sample_action(spec, logits, generator=None, temperature=1.0):
+def sample_action(spec, logits, generator=None):
     """Draw actions from logits (..., n). Returns a dict of (..., nb), (..., nc) and (..., 0)."""
-    binary, parts = split_logits(spec, logits / temperature)
+    binary, parts = split_logits(spec, logits)
     keys = torch.rand(binary.shape, generator=generator, device=logits.device) < binary.sigmoid()
     choices = [torch.multinomial(part.softmax(-1).flatten(0, -2), 1, generator=generator)
                .view(*part.shape[:-1], 1) for part in parts]
@@ -154,9 +156,9 @@ class Agent(nn.Module):
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
 
-    def act(self, h, generator=None, temperature=1.0):
+    def act(self, h, generator=None):
         """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .)."""
-        return sample_action(self.spec, self.policy(h)[:, 0], generator, temperature)
+        return sample_action(self.spec, self.policy(h)[:, 0], generator)
 
     def rewards(self, h):
         """Expected reward on reaching the frame of h (...): the head at distance 0."""
@@ -306,7 +308,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def pick_dtype(device, name="auto"):
     """--dtype: "auto" is bf16 where the hardware has it, fp16 on CUDA without, else fp32."""
     if name == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if fast else "fp16"
     if name == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if device.type == "cpu" and fast else "fp32"

@@ -532,10 +532,11 @@ def write_episode(folder, index, frames, actions, events, continues, labelled=No
     rows = np.empty(len(frames), [(k, c.dtype, c.shape[1:]) for k, c in columns.items()])
     for name, column in columns.items():
         rows[name] = column
+    Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(episode_path(folder, index), lambda file: np.save(file, rows))
 
 
-def column(rows, name, spec):
+def column(rows, name):
     """A field of an episode's rows, (T, ...); fields of width zero are not in the file."""
     return rows[name] if name in rows.dtype.names else np.zeros((len(rows), 0), TYPES[name])
 
@@ -548,7 +549,7 @@ def open_episode(path, spec):
     try:
         rows = np.load(path, mmap_mode="r")
         for name, shape in shapes.items():
-            got = column(rows, name, spec)
+            got = column(rows, name)
             if got.shape != (len(rows), *shape) or got.dtype != TYPES[name]:
                 raise ValueError(f"{name}: {got.dtype}{got.shape}, need {TYPES[name]}{shape}")
         return rows
@@ -560,13 +561,13 @@ def open_episode(path, spec):
 def check_episode(path, rows, spec):
     """UserError when the rows can't be true."""
     sizes = np.array(spec.actions.categorical, np.int64)
-    category, number = column(rows, "categorical", spec), column(rows, "continuous", spec)
+    category, number = column(rows, "categorical"), column(rows, "continuous")
     faults = {"row 0 has an action": rows["labelled"][0],
-              "row 0 has an event": column(rows, "events", spec)[0].any(),
+              "row 0 has an event": column(rows, "events")[0].any(),
               "it ends before its last row": not rows["continues"][:-1].all(),
               "a category out of range": ((category < 0) | (category >= sizes)).any(),
               "a number outside [-1, 1]": not (np.abs(number) <= 1).all(),
-              "a key other than 0 and 1": (column(rows, "binary", spec) > 1).any()}
+              "a key other than 0 and 1": (column(rows, "binary") > 1).any()}
     for fault in (text for text, there in faults.items() if there):
         raise UserError(f"got {path}: {fault}; need rows as write_episode says; do: correct them")
 
@@ -596,7 +597,7 @@ def finish_dataset(folder, spec, settings):
         check_episode(path, rows, spec)
         content.update(path.read_bytes())
         lengths.append(len(rows))
-        events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events", spec))]
+        events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events"))]
     write_about(folder, spec, settings, complete=True, lengths=lengths, events=events,
                 split="valid: every 20th (i % 20 == 19)", content=content.hexdigest())
 
@@ -666,14 +667,14 @@ class Dataset:
         """Windows -> dict of arrays (n, length, ...): all fields but the probes, or `fields`."""
         types = {"categorical": np.int64, "continues": np.float32}
         windows = [self.rows(int(e))[s: s + length] for e, s in zip(episode, start, strict=True)]
-        batch = {k: np.stack([column(rows, k, self.spec) for rows in windows])
+        batch = {k: np.stack([column(rows, k) for rows in windows])
                  for k in fields or TYPES}
         return {k: v.astype(types.get(k, v.dtype), copy=False) for k, v in batch.items()}
 
     def episode(self, i):
         """All fields of an episode: dict of arrays (T, ...), views of the memory map."""
         rows = self.rows(int(i))
-        return {k: column(rows, k, self.spec) for k in {**TYPES, **rows.dtype.fields}}
+        return {k: column(rows, k) for k in {**TYPES, **rows.dtype.fields}}
 
 
 def play_episode(env, seed, index, length, skill):

@@ -45,7 +45,7 @@ class DynamicsConfig:
     single_images: float = 0.3  # 0.3: share of rows trained as separate images
 
     def __post_init__(self):
-        check_transformer("dynamics", self)
+        check_transformer("dynamics", self, self.layers)
         for name in ("k_max", "k"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1) or value > self.k_max:
@@ -272,9 +272,10 @@ class Dream:
     in K passes that leave no trace. So a frame costs K + 1 forwards of one frame.
     """
 
-    def __init__(self, model, generator=None, k=None, cache=None, d_label=None):
-        self.model, self.generator, self.k = model, generator, k or model.cfg.k
-        self.cache, self.d_label = cache or Cache(model.cfg.context), d_label
+    def __init__(self, model, generator=None, cache=None):
+        self.model, self.generator, self.k = model, generator, model.cfg.k
+        self.cache = cache or Cache(model.cfg.context)
+        self.d_label = model.d_min if model.cfg.p_boot == 0 else None   # diffusion forcing
 
     def noise(self, B, T):
         cfg, device = self.model.cfg, self.model.agent_token.device

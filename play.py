@@ -8,9 +8,12 @@ ladder score of sampled policies on unseen worlds, with 95 % intervals.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from agent import autocast, imagine_rollout, load_run, pick_device
-from data import Dataset, UserError, VecEnv, record, run_cli
+from data import Dataset, UserError, VecEnv, make_env, record, run_cli
 from dynamics import Dream
-from tokenizer import Cache, psnr
+from tokenizer import Cache
 
 HORIZONS = (1, 4, 8, 16)
-REFERENCE_SEED, VALIDATION_SEED, TEST_SEED = 10_000, 20_000, 30_000
+REFERENCE_SEED, TEST_SEED = 10_000, 30_000
 
 
 # --------------------------------------------------------------------- intervals, results.json
@@ -45,11 +48,12 @@ def mean_interval(x):
     return float(np.mean(x)), float(np.mean(x) - half), float(np.mean(x) + half)
 
 
-def bootstrap(statistic, *samples, n=2000, seed=0):
-    """Value and 95 % interval of statistic(*samples) when the rows (clips) are drawn again."""
-    rng, rows = np.random.default_rng(seed), len(samples[0])
-    draws = [statistic(*(s[i] for s in samples))
-             for i in (rng.integers(rows, size=rows) for _ in range(n))]
+def bootstrap(statistic, *samples, block=1, n=2000):
+    """Value and 95 % interval of statistic(*samples) when blocks of rows are drawn again: the
+    `block` clips of an episode stay together, since they are alike."""
+    rng, blocks = np.random.default_rng(0), len(samples[0]) // block
+    rows = rng.integers(blocks, size=(n, blocks, 1)) * block + np.arange(block)
+    draws = [statistic(*(s[i] for s in samples)) for i in rows.reshape(n, -1)]
     return float(statistic(*samples)), *map(float, np.percentile(draws, [2.5, 97.5]))
 
 
@@ -102,12 +106,12 @@ def reference_clips(dataset, per_episode, length, device):
     return clips, {k: clips[k] for k in ("binary", "categorical", "continuous")}
 
 
-def dream_clips(run, z, actions, labelled, horizon, seed=0, k=None, d_label=None):
+def dream_clips(run, z, actions, labelled, horizon, seed=0):
     """Continue clips for their last `horizon` frames. z (B, T, S_z, Z), actions[:, t] led to
     frame t. Returns frames uint8 (B, T, H, W, 3): the context reconstructed, the rest imagined.
     The noise depends on the seed alone, so that two calls with other actions can be paired."""
     generator = torch.Generator(z.device).manual_seed(seed)
-    dream, context = Dream(run.dynamics, generator, k, d_label=d_label), z.shape[1] - horizon
+    dream, context = Dream(run.dynamics, generator), z.shape[1] - horizon
     first = {name: x[:, :context] for name, x in actions.items()}
     dream.commit(z[:, :context], first, labelled[:, :context])
     frames = [z[:, :context]]
@@ -136,7 +140,8 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
     with autocast(device, dtype):
         z = torch.cat([run.tokenizer.encode(x) for x in frames.split(32)])
         recon = squared_error(torch.cat([run.tokenizer.decode(x) for x in z.split(32)]), frames)
-        entries["tokenizer_psnr_db"] = *bootstrap(decibel, recon.mean(1)), n, "dB"
+        interval = functools.partial(bootstrap, block=per_episode)
+        entries["tokenizer_psnr_db"] = *interval(decibel, recon.mean(1)), n, "dB"
         if run.dynamics is None:
             return entries
         real = frames[:, context:]
@@ -148,13 +153,13 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
         for name, a in (("dream", actions), ("shuffled", shuffled)):
             errors[name] = squared_error(
                 dream_clips(run, z, a, labelled, horizon)[:, context:], real)
-    entries["recon_psnr_db"] = *bootstrap(decibel, errors["recon"].mean(1)), n, "dB"
+    entries["recon_psnr_db"] = *interval(decibel, errors["recon"].mean(1)), n, "dB"
     for h in HORIZONS:
         e = {name: error[:, h - 1] for name, error in errors.items()}
         for name in ("dream", "repeat", "shuffled"):
-            entries[f"{name}_psnr_db_h{h}"] = *bootstrap(decibel, e[name]), n, "dB"
+            entries[f"{name}_psnr_db_h{h}"] = *interval(decibel, e[name]), n, "dB"
         for other in ("repeat", "shuffled"):
-            gain = bootstrap(lambda a, b: decibel(a) - decibel(b), e["dream"], e[other])
+            gain = interval(lambda a, b: decibel(a) - decibel(b), e["dream"], e[other])
             entries[f"dream_minus_{other}_db_h{h}"] = *gain, n, "dB"
     return entries
 
@@ -176,7 +181,7 @@ def measure_speed(run, dtype="auto", frames=40, rollouts=3):
         dream.commit(*inputs(1, cfg.context))
         begin = time.perf_counter()
         for _ in range(frames):
-            run.tokenizer.decode(dream.step(inputs(1, 1)[1])[0], cache)
+            run.tokenizer.decode(dream.step(inputs(1, 1)[1])[0], cache).cpu()
         entries["dream_fps_batch1"] = (frames / (time.perf_counter() - begin), None, None, frames,
                                        "frames/s")
         if run.agent:
@@ -186,7 +191,7 @@ def measure_speed(run, dtype="auto", frames=40, rollouts=3):
                 begin = time.perf_counter()
                 h = imagine_rollout(run.dynamics, run.agent, *inputs(64, C), task, horizon,
                                     generator)[0]
-                run.agent.rewards(h), run.agent.values(h)
+                (run.agent.rewards(h) + run.agent.values(h)).cpu()
                 rates.append(64 * horizon / (time.perf_counter() - begin))
             entries["imagined_frames_per_s"] = (float(np.median(rates)), None, None, rollouts,
                                                 "frames/s")
@@ -199,7 +204,7 @@ class Ladder:
     """The prompt ladder of N environments: `task` (N,) moves on after enough real events."""
 
     def __init__(self, spec, n):
-        self.steps = [(spec.tasks.index(task), times) for task, times in spec.ladder]
+        self.steps = [(spec.tasks.index(task), times) for task, times in spec.ladder] or [(0, 0)]
         self.place, self.count = np.zeros(n, int), np.zeros(n, int)
 
     @property
@@ -218,8 +223,8 @@ class Ladder:
 class Actor:
     """The policy in N real environments at once: frames in, sampled actions out."""
 
-    def __init__(self, run, task, generator, temperature=1.0):
-        self.run, self.generator, self.temperature = run, generator, temperature
+    def __init__(self, run, task, generator):
+        self.run, self.generator = run, generator
         self.dream, self.encoder = Dream(run.dynamics, generator), run.tokenizer.new_cache()
         self.device = run.tokenizer.latent_std.device
         self.task, self.history = torch.as_tensor(task, device=self.device), []
@@ -241,7 +246,8 @@ class Actor:
             self.replay(torch.as_tensor(np.flatnonzero(changed), device=self.device))
 
     def replay(self, rows):
-        """Commit the window of these rows again, under their present task."""
+        """Commit the window of these rows again, under their present task. Exact for one time
+        layer; with more, the window's first frames lose what they had seen before it."""
         z, actions, labelled = zip(*self.history, strict=True)
         T, cache = len(z), self.dream.cache
         fresh = Dream(self.run.dynamics, self.generator, cache=Cache(cache.context, cache.t - T))
@@ -254,7 +260,7 @@ class Actor:
 
     @torch.no_grad()
     def act(self):
-        actions = self.run.agent.act(self.h, self.generator, self.temperature)
+        actions = self.run.agent.act(self.h, self.generator)
         return {k: x.cpu().numpy() for k, x in actions.items()}
 
 
@@ -290,9 +296,9 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
 
 
 def evaluate_player(env, episodes, length, seed, workers=0):
-    """The recorded player on the same worlds -> first (N, tasks)."""
+    """The recorded player on the same worlds, for `length` steps -> first (N, tasks)."""
     with tempfile.TemporaryDirectory() as folder:
-        record(env, folder, episodes, length, seed, workers)
+        record(env, folder, episodes, length + 1, seed, workers)
         dataset = Dataset(folder)
         events = [np.asarray(dataset.episode(i)["events"]) > 0 for i in range(episodes)]
     return np.stack([np.where(e.any(0), e.argmax(0), np.inf) for e in events])
@@ -320,15 +326,21 @@ def agent_entries(spec, firsts):
     return entries
 
 
-def run_env(folder):
-    """Name of the environment that a run was trained for."""
-    return json.loads((Path(folder) / "config.json").read_text())["data"]["env"]
+def data_config(folder):
+    """The data settings of a run, from its config.json."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())["data"]
+    except OSError:
+        raise UserError(f"No config.json in {folder}: name the folder of a run, or make one with "
+                        "'python train.py'.") from None
 
 
 def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", workers=0):
     """Random, BC ("bc"), imagination policy ("rl") and recorded player ("player") on the test
     worlds, half as many episodes for the two bounds -> entries for results.json."""
-    folder, env, firsts = Path(folder), run_env(folder), {}
+    folder, env, firsts = Path(folder), data_config(folder)["env"], {}
+    if bad := set(agents) - {"random", "bc", "rl", "player"}:
+        raise UserError(f"Got agents {sorted(bad)}, need some of random, bc, rl and player.")
     for agent in agents:
         stage = {"bc": "agent", "rl": "imagine"}.get(agent)
         n = episodes if stage else max(episodes // 2, 2)
@@ -394,7 +406,6 @@ def picture_reconstructions(run, dataset, path, n=8, dtype="auto"):
         rebuilt = run.tokenizer.decode(run.tokenizer.encode(frames))
     rows = [np.concatenate(list(x[:, -1].cpu().numpy()), 1) for x in (frames, rebuilt)]
     imageio.imwrite(path, enlarge(np.concatenate(rows, 0)))
-    return psnr(rebuilt, frames)
 
 
 def plot():
@@ -412,16 +423,12 @@ def picture_curves(folder, stage):
     keys = [k for k in (lines[-1] if lines else {}) if k not in ("stage", "step", "rate")]
     if not keys:
         return
-    plt, columns = plot(), 4
-    figure, axes = plt.subplots(-(-len(keys) // columns), columns, figsize=(14, 2.6 * -(-len(keys)
-                                // columns)), squeeze=False)
-    for axis in axes.flat[len(keys):]:
-        axis.axis("off")
+    plt, rows = plot(), -(-len(keys) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.6 * rows), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
-        points = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
-        axis.plot(*zip(*points, strict=True))
+        steps, values = zip(*[(x["step"], x[key]) for x in lines if key in x], strict=True)
+        axis.plot(steps, values)
         axis.set_title(key, fontsize=9)
-        values = [y for _, y in points]
         if min(values) > 0 and max(values) > 5 * min(values):
             axis.set_yscale("log")
     figure.tight_layout()
@@ -472,6 +479,7 @@ def results_table(results):
 def write_report(folder):
     """report.md: every figure of results.json and every picture of the run. Returns its path."""
     folder = Path(folder)
+    data_config(folder)
     results, config = read_results(folder), json.loads((folder / "config.json").read_text())
     picture_success(folder, load_run(folder).spec, results)
     parts = [f"# Report of {folder}", results_table(results), "Commands: `results.json`.",
@@ -492,6 +500,7 @@ def make_parser():
     parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
+    parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
     parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise")
@@ -501,31 +510,46 @@ def make_parser():
     return parser
 
 
+def evaluate(words):
+    """`play.py eval` and the end of train.py: words of the command line -> results.json."""
+    args, command = make_parser().parse_args(words), "python play.py " + " ".join(words)
+    folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
+    run, dataset = open_run(args, settings, device)
+    add_results(folder, command, evaluate_world(run, dataset, args.dtype))
+    if run.dynamics:
+        add_results(folder, command, measure_speed(run, args.dtype))
+    if run.agent and not args.world_only:
+        agents = [a for a in args.agents.split(",") if (a != "rl" or run.stage == "imagine")
+                  and (a != "player" or hasattr(make_env(settings["env"]), "player"))]
+        add_results(folder, command, evaluate_agents(folder, agents, args.episodes, args.length,
+                                                     device, args.dtype, args.workers))
+
+
+def open_run(args, settings, device):
+    """The run and the reference set that it is judged by."""
+    run = load_run(args.run, None, device)
+    if run.dynamics and args.k:
+        run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
+    return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
+                              args.workers)
+
+
 def main():
     args = make_parser().parse_args()
-    folder, device = Path(args.run), pick_device(args.device)
+    folder = Path(args.run)
     if args.command == "report":
         print(write_report(folder))
-        return
-    run = load_run(folder, None, device)
-    dataset = reference_set(run_env(folder))
-    if args.command == "dream":
+    elif args.command == "eval":
+        evaluate(sys.argv[1:])
+        print(results_table(read_results(folder)))
+    else:
+        run, dataset = open_run(args, data_config(folder), pick_device(args.device))
         if run.dynamics is None:
             raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
         path = Path(args.out or folder / "dream.gif")
         write_film(path, dream_film(run, dataset, args.clips, horizon=args.horizon,
                                     dtype=args.dtype, seed=args.seed))
         print(path)
-        return
-    command = f"python play.py eval --run {args.run} --episodes {args.episodes}"
-    add_results(folder, command, evaluate_world(run, dataset, args.dtype))
-    if run.dynamics:
-        add_results(folder, command, measure_speed(run, args.dtype))
-    if run.agent and not args.world_only:
-        agents = [a for a in args.agents.split(",") if a != "rl" or run.stage == "imagine"]
-        add_results(folder, command, evaluate_agents(folder, agents, args.episodes, args.length,
-                                                     device, args.dtype, args.workers))
-    print(results_table(read_results(folder)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scales recorded play to about zero mea
 # ------------------------------------------------------- Section 3.4: efficient transformer
 
 def attend(q, k, v, mask, soft_cap):
-    """Grouped-query attention with capped logits, computed in fp32.
+    """Grouped-query attention; soft cap and softmax in fp32.
 
     q (..., heads, L, E), k and v (..., kv_heads, M, E), mask None or broadcastable to
     (..., kv_heads, heads / kv_heads, L, M), True = may attend. Returns (..., heads, L, E).
@@ -272,7 +272,7 @@ class TokenizerConfig:
     lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
 
     def __post_init__(self):
-        check_transformer("tokenizer", self)
+        check_transformer("tokenizer", self, self.encoder_layers, self.decoder_layers)
         if self.latents % self.pack:
             raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
                             "the number of latents must be divisible by pack.")
@@ -280,7 +280,7 @@ class TokenizerConfig:
             raise UserError(f"Got tokenizer.mae_max {self.mae_max}, need a share in [0, 1).")
 
 
-def check_transformer(prefix, cfg):
+def check_transformer(prefix, cfg, *layers):
     """Raises UserError where sizes don't fit together."""
     for name in ("dim", "heads", "kv_heads", "context", "time_every"):
         if getattr(cfg, name) < 1:
@@ -291,6 +291,9 @@ def check_transformer(prefix, cfg):
     if cfg.time_every == 1 and not cfg.dense:
         raise UserError(f"Got {prefix}.time_every 1: that leaves no layer within a frame. Use 2 or "
                         f"more, or {prefix}.dense true.")
+    if min(layers) <= cfg.time_every // 2:
+        raise UserError(f"Got {min(layers)} {prefix} layers with time_every {cfg.time_every}: that "
+                        f"leaves no layer over time. Use at least {cfg.time_every // 2 + 1}.")
 
 
 def patchify(frames, patch):
@@ -397,12 +400,6 @@ class Tokenizer(nn.Module):
 def scale_pixels(frames):
     """uint8 (..., H, W, 3) -> fp32 of about zero mean and unit variance."""
     return (frames.float() / 255 - PIXEL_MEAN) / PIXEL_STD
-
-
-def psnr(x_hat, x):
-    """Decibels of uint8 frames: -10 log10 of the mean squared error over all their pixels."""
-    error = (x_hat.float() - x.float()).div(255).square().mean()
-    return float(-10 * torch.log10(error.clamp_min(1e-10)))
 
 
 def lpips_loss():
