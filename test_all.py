@@ -1339,6 +1339,9 @@ def test_one_command_ends_with_results_and_report(monkeypatch, workplace, capsys
                     "episode_rl.gif", "imagine_curves.png", "report.md"):
         assert (folder / picture).stat().st_size > 0
     assert "Done in" in capsys.readouterr().out
+    train_here(monkeypatch, workplace, "--run", "all", "--stage", "dynamics")       # skips it
+    again = json.loads((folder / "results.json").read_text())
+    assert again["wall_seconds_total"] == results["wall_seconds_total"]
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     keys = set().union(*(json.loads(x) for x in lines))
     assert {"mse", "flow", "boot", "bc", "reward", "continue", "policy", "value", "x_error_tau0",

@@ -302,8 +302,8 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
 
 
 def compile_blocks(job, *modules):
-    """torch.compile of the blocks: 1.7 times faster on two CPU cores (forward and backward of the
-    dynamics' blocks). It needs a C++ compiler; without one the blocks run as they are."""
+    """torch.compile of the blocks, faster on CPU too once compiled. It needs a C++ compiler;
+    without one the blocks run as they are."""
     if not job.train.compile:
         return
     try:
@@ -535,7 +535,7 @@ def main():
     if configs["tokenizer"]["lpips"]:
         lpips_loss()                                # missing? say so before anything is recorded
     if device.type == "cpu" and sys.platform == "linux":    # keep big buffers instead of returning
-        for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system: +10 %
+        for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system
             ctypes.CDLL(None).mallopt(knob, value)
     data, folder = DataConfig(**configs["data"]), Path("runs") / args.run
     command = "python train.py " + " ".join(sys.argv[1:])
@@ -571,13 +571,17 @@ def main():
                        "--length", str(data.eval_length), "--workers", str(data.workers),
                        "--device", args.device, "--dtype", args.dtype])
         seconds["evaluation"] = time.perf_counter() - mark
-    seconds["total"] = time.perf_counter() - begin
+    total = time.perf_counter() - begin
+    if all(stage in seconds for stage in STAGES):       # a rerun that skips stages has no total
+        seconds["total"] = total
+    else:
+        del seconds["record"]
     play.add_results(folder, command, {f"wall_seconds_{k}": (v, None, None, 1, "s")
                                        for k, v in seconds.items()})
     report = play.write_report(folder)
     if args.stage == "all":
         print(play.results_table(play.read_results(folder)))
-    print(f"Done in {seconds['total'] / 60:.1f} minutes. Look at {report} and its pictures.")
+    print(f"Done in {total / 60:.1f} minutes. Look at {report} and its pictures.")
 
 
 if __name__ == "__main__":
