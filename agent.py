@@ -324,6 +324,16 @@ def autocast(device, dtype="auto"):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def freeze(module, device, dtype="auto"):
+    """For use without training: no gradients, and the transformers' matrices held in the dtype
+    that autocast would cast them to anew in every call."""
+    module.to(device).eval().requires_grad_(False)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and "blocks." in name:
+            layer.to(DTYPES[pick_dtype(device, dtype)])
+    return module
+
+
 STAGES = ("tokenizer", "dynamics", "agent", "imagine")
 
 
@@ -339,8 +349,9 @@ class Run:
     meta: dict = None
 
 
-def load_run(path, stage=None, device="cpu"):
+def load_run(path, stage=None, device="cpu", dtype=None):
     """Reads runs/NAME (its latest stage, or the one named) or a checkpoint file, in eval mode.
+    With a dtype tokenizer and dynamics are frozen in it, for use without training.
 
     Raises UserError where there is none, or it can't be read.
     """
@@ -364,6 +375,9 @@ def load_run(path, stage=None, device="cpu"):
             if module := getattr(run, name):
                 module.load_state_dict(state[name])
                 module.to(device).eval().requires_grad_(False)
+        for module in (run.tokenizer, run.dynamics) if dtype else ():
+            if module:
+                freeze(module, device, dtype)
     except (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError,
             pickle.UnpicklingError) as error:
         raise UserError(f"Can't read the checkpoint {path} ({type(error).__name__}: "

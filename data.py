@@ -9,6 +9,7 @@ Time: row t holds the action that LED TO frame t, and what was received on reach
 """
 import argparse
 import collections
+import copy
 import functools
 import hashlib
 import heapq
@@ -101,6 +102,7 @@ def make_env(name):
     It has: spec; reset(seed) -> frame uint8 (H, W, 3);
     step(action dict) -> (frame, events bool (n_tasks,), terminal bool).
     It may have: probe() -> dict of uint8 arrays, ground truth for evaluation only;
+    reader() -> object that reads such symbols off pictures, see CrafterReader;
     player(rng, skill) -> object whose act() gives the action to record (else: random play).
     """
     module, _, cls = ("data:Crafter" if name == "crafter" else name).partition(":")
@@ -127,8 +129,7 @@ class Crafter:
     """
 
     def __init__(self):
-        self.crafter = importlib.import_module("crafter")
-        names = self.crafter.constants
+        names = importlib.import_module("crafter").constants
         rungs = ("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone",
                  "make_stone_pickaxe", "place_furnace", "collect_coal", "collect_iron",
                  "make_iron_pickaxe", "collect_diamond")
@@ -139,7 +140,7 @@ class Crafter:
 
     def reset(self, seed):
         """A new Env per world, as Crafter numbers the resets of an Env."""
-        self.env = self.crafter.Env(size=(72, 72), length=10 ** 9, seed=int(seed))
+        self.env = sys.modules["crafter"].Env(size=(72, 72), length=10 ** 9, seed=int(seed))
         world, reset_world = self.env._world, self.env._world.reset
 
         def reset(seed=None):
@@ -156,15 +157,109 @@ class Crafter:
         return frame, np.array(list(counts.values())) > before, bool(self.env._player.health <= 0)
 
     def probe(self):
-        """True cells [column, row] (9, 7) around the player (0 = outside) and inventory (16,)."""
+        """True cells [column, row] (9, 7) around the player (0 = outside), inventory (16,), and
+        (daylight * 255, asleep, x, y)."""
         # subtle: rendering again would draw from the world's random stream at night
-        x, y = self.env._player.pos
-        cells = np.pad(self.env._sem_view(), 4)[x: x + 9, y + 1: y + 8]
-        inventory = np.array(list(self.env._player.inventory.values()), np.uint8)
-        return {"probe_semantic": cells.astype(np.uint8), "probe_inventory": inventory}
+        me, light = self.env._player, round(255 * self.env._world.daylight)
+        cells = np.pad(self.env._sem_view(), 4)[me.pos[0]: me.pos[0] + 9, me.pos[1] + 1:][:, :7]
+        return {"probe_semantic": cells.astype(np.uint8),
+                "probe_inventory": np.array(list(me.inventory.values()), np.uint8),
+                "probe_player": np.array([light, me.sleeping, *me.pos], np.uint8)}
+
+    def reader(self):
+        return CrafterReader()
 
     def player(self, rng, skill):
         return CrafterPlayer(self.env, rng, skill)
+
+
+class CrafterReader:
+    """Reads the symbols off frames, real or dreamed: the nearest texture for each cell, under the
+    frame's light. On real frames in daylight it makes no mistake; night adds noise.
+
+    textures: names by number; semantic: number -> id in probe_semantic (0 = outside);
+    LEGAL: a cell further than that from every texture (rms of 0..255) shows nothing that exists.
+    """
+    LEGAL = 20.0
+
+    def __init__(self):
+        crafter = importlib.import_module("crafter")
+        ids = crafter.Env(size=(72, 72))._world._mat_ids      # then objects, in Env's order
+        creatures = ("player", "cow", "zombie", "skeleton", "arrow", "plant")
+        ids = {**ids, **{name: 13 + i for i, name in enumerate(creatures)}}
+        art, four = crafter.engine.Textures(crafter.constants.root / "assets"), MOVES.values()
+        land = ("grass", "sand", "path")
+        things = {"cow": land, "zombie": land, "skeleton": land, "plant": land, "plant-ripe": land,
+                  "player-sleep": land, **{m.replace("move", "player").replace("_", "-"): land
+                                           for m in four}}
+        things |= {m.replace("move", "arrow").replace("_", "-"): (*land, "water", "lava")
+                   for m in four}
+        self.textures = ("outside", *crafter.constants.materials, *things)
+        self.semantic = np.array([0, *(ids[name.split("-")[0]] for name in self.textures[1:])])
+        pictures, self.number = [np.full((8, 8, 3), 127.0)], [0]
+        for i, name in enumerate(self.textures[1:], 1):
+            for ground in things.get(name, (name,)):
+                canvas = art.get(ground, (8, 8))[..., :3].astype(float)
+                if name in things:
+                    crafter.engine._draw_alpha(canvas, np.zeros(2, int), art.get(name, (8, 8)))
+                pictures.append(canvas.swapaxes(0, 1)), self.number.append(i)
+        pictures, self.number = np.stack(pictures), np.array(self.number)
+        grey = self.grey(pictures)
+        flat = lambda x: x.reshape(len(x), -1).T.astype(np.float32)
+        # a cell shows light * picture + veil * faded + haze, see lit()
+        self.awake = flat(pictures), flat(0.4 * pictures + 0.6 * grey)
+        self.asleep = flat(grey / 2), flat(grey / 2)
+        x, y = np.meshgrid(np.linspace(-1, 1, 72), np.linspace(-1, 1, 56))
+        self.edge = 1 - np.exp(-2 * (x ** 2 + y ** 2))[..., None]         # where night's noise is
+        view, items = crafter.engine.ItemView(art, (9, 2)), crafter.constants.items
+        counts = [view(dict.fromkeys(items, n), np.array((8, 8))).swapaxes(0, 1) for n in range(10)]
+        self.counts = self.cells(np.stack(counts)).swapaxes(0, 1)         # (18, 10, 192)
+
+    @staticmethod
+    def grey(x):
+        return np.repeat((x @ (0.299, 0.587, 0.114))[..., None], 3, -1)
+
+    @staticmethod
+    def cells(x):
+        """(N, 8 rows, 8 columns, 3) -> (N, rows * columns, 192)."""
+        N, H, W, _ = x.shape
+        x = x.reshape(N, H // 8, 8, W // 8, 8, 3).swapaxes(2, 3)
+        return x.reshape(N, H * W // 64, 192).astype(np.float32)
+
+    def distances(self, frames, light, asleep):
+        """Mean squared distance (N, 63, textures) under a light (N,) in [0, 1], as Crafter draws
+        it; what night's noise is expected to add is taken off."""
+        light, asleep = np.asarray(light)[:, None, None, None], np.asarray(asleep, bool)
+        noise = np.clip(1 - 2 * light, 0, 1) * self.edge                  # (N, 56, 72, 1)
+        veil = 0.5 * (1 - light) * (1 - noise)
+        haze = 0.5 * (1 - light) * (79.5 * noise + np.array([0, 16, 64]))
+        haze = np.where(asleep[:, None, None, None], self.grey(haze) / 2 + [0, 0, 8], haze)
+        blur = (0.5 * (1 - light) * 27.4 * noise / (1 + asleep[:, None, None, None])) ** 2
+        y, a = self.cells(frames[:, :56] - haze), light[:, :, :, 0].astype(np.float32)
+        veil = self.cells(np.repeat(veil, 3, -1))
+        out = np.empty((len(frames), 63, len(self.number)), np.float32)
+        for state, (picture, faded) in ((False, self.awake), (True, self.asleep)):
+            i = asleep == state                                           # |y - a p - veil f|^2
+            v, b = veil[i], a[i]
+            out[i] = (b ** 2 * (picture ** 2).sum(0) + 2 * b * (v @ (picture * faded))
+                      + v ** 2 @ faded ** 2 - 2 * (b * (y[i] @ picture) + (v * y[i]) @ faded))
+        extra = (y ** 2).sum(-1) - self.cells(np.repeat(blur, 3, -1)).sum(-1)
+        return (out + extra[..., None]) / 192
+
+    def read(self, frames, light=None, asleep=None):
+        """uint8 (N, 72, 72, 3) -> texture numbers [column, row] (N, 9, 7), inventory (N, 16) and
+        each cell's rms distance (N, 9, 7). Without a light the likeliest one is taken."""
+        frames = np.asarray(frames).astype(np.float32)
+        if light is None:
+            tries = [(x, s) for s in (0, 1) for x in np.linspace(0, 1, 11)]
+            costs = [self.distances(frames, np.full(len(frames), x), np.full(len(frames), s))
+                     .min(-1).mean(-1) for x, s in tries]
+            light, asleep = np.array(tries)[np.argmin(costs, 0)].T
+        d = self.distances(frames, light, asleep)
+        items = np.square(self.cells(frames[:, 56:])[:, :, None] - self.counts).sum(-1).argmin(-1)
+        grid = lambda x: x.reshape(-1, 7, 9).swapaxes(1, 2)
+        return (grid(self.number[d.argmin(-1)]), items[:, :16],
+                grid(np.sqrt(np.maximum(d.min(-1), 0))))
 
 
 # A step's chance of a random action, of starting to dither, of a detour; share of mixed play.
@@ -618,7 +713,8 @@ class Dataset:
             raise UserError(f"got {path} without episodes; need at least one; do: record")
         self.spec, self.fingerprint = EnvSpec.from_json(about["spec"]), about["content"]
         self.lengths, self.events = np.array(about["lengths"]), np.array(about["events"])
-        self.skills = about["settings"].get("skills") or ["-"] * len(self.lengths)
+        self.settings = about["settings"]
+        self.skills = self.settings.get("skills") or ["-"] * len(self.lengths)
         self.events = self.events.reshape(-1, 3).astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.frames_total = int(self.offsets[-1])
@@ -690,6 +786,25 @@ def play_episode(env, seed, index, length, skill):
     frames, actions, events, continues, probes = zip(*rows, strict=True)
     actions, probes = ({k: [d[k] for d in dicts] for k in dicts[0]} for dicts in (actions, probes))
     return frames, actions, events, continues, None, probes
+
+
+def branch_off(name, seed, actions, branches):
+    """Play a world by its recorded actions (T, .), and from the frames in `branches`, a list of
+    (t, other actions (n, .)), by other ones: a list of frames uint8 (n, H, W, 3). A film stands
+    still where its world has ended."""
+    env, films = make_env(name), {}
+    frame = env.reset(seed)
+    for t in range(max(t for t, _ in branches) + 1):
+        if t:
+            frame = env.step({k: x[t] for k, x in actions.items()})[0]
+        for i in (i for i, (point, _) in enumerate(branches) if point == t):
+            fork, film, terminal = copy.deepcopy(env), [frame], False
+            for action in zip(*branches[i][1].values(), strict=True):
+                if not terminal:
+                    frame_there, _, terminal = fork.step(dict(zip(actions, action, strict=True)))
+                film.append(frame_there)
+            films[i] = np.stack(film[1:])
+    return [films[i] for i in range(len(branches))]
 
 
 def record_worker(pipe, out, name, indices, seed, length, skills):

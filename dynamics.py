@@ -22,7 +22,7 @@ from tokenizer import Cache, Transformer, check_transformer, reader_mask
 @dataclass
 class DynamicsConfig:
     """Sizes and settings of the dynamics; the paper's values in the comments."""
-    tokens: int = 8             # 256 spatial tokens, from the tokenizer
+    tokens: int = 9             # 256 spatial tokens, from the tokenizer
     channels: int = 64          # 32 channels each, from the tokenizer
     tasks: int = 22             # 20, from the dataset
     dim: int = 256
@@ -174,7 +174,7 @@ class Dynamics(nn.Module):
 
     def __init__(self, cfg, action_spec):
         super().__init__()
-        self.cfg, dim = cfg, cfg.dim
+        self.cfg, self.action_spec, dim = cfg, action_spec, cfg.dim
         embedding = lambda *shape: nn.Parameter(torch.randn(*shape, dim) * 0.02)
         self.action = ActionEmbedding(action_spec, cfg.action_tokens, dim)
         self.tau_embed = nn.Embedding(cfg.k_max, dim // 2)      # 0, 1/k_max, ..., 1 - 1/k_max

@@ -1,6 +1,8 @@
 """Look at what was learned: dreams, evaluation in the real environment, figures and the report.
 
     python play.py eval --run runs/crafter       world model and agents, into results.json
+    python play.py world --run runs/crafter      more on the world model: rules, interactions, K
+    python play.py bench                         speeds at pinned shapes
     python play.py dream --run runs/crafter      a GIF: context, imagined and real side by side
     python play.py report --run runs/crafter     one page: report.md with pictures
 Judge rollouts and real episodes, not losses: PSNR per horizon with true and shuffled actions, the
@@ -8,11 +10,14 @@ ladder score of sampled policies on unseen worlds, with 95 % intervals.
 """
 
 import argparse
+import collections
+import copy
 import dataclasses
 import functools
 import json
 import math
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -21,15 +26,17 @@ from pathlib import Path
 import imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from agent import autocast, imagine_rollout, load_run, pick_device
-from data import Dataset, UserError, VecEnv, make_env, record, run_cli
-from dynamics import Dream
-from tokenizer import Cache
+from agent import autocast, freeze, imagine_rollout, load_run, pick_device, pick_dtype
+from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off,
+                  finish_dataset, make_env, record, rng_for, run_cli, write_episode)
+from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
+from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
-HORIZONS = (1, 4, 8, 16)
-REFERENCE_SEED, TEST_SEED = 10_000, 30_000
+HORIZONS = (1, 4, 8, 16, 32, 64)
+REFERENCE_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 30_000, 40_000
 
 
 # --------------------------------------------------------------------- intervals, results.json
@@ -89,8 +96,18 @@ def reference_set(env, episodes=40, length=300, workers=0):
     return Dataset(path)
 
 
+def interaction_set(env):
+    """Contexts and outcomes of scripted interactions, recorded at the first call."""
+    path = Path("datasets") / f"{env.replace(':', '_')}_interactions"
+    if not (path / "dataset.json").exists():
+        print(f"Recording interactions into {path}.")
+        record_interactions(env, path)
+    return Dataset(path)
+
+
 def reference_clips(dataset, per_episode, length, device):
-    """Evenly spaced windows of the reference set as tensors: frames, actions, labelled."""
+    """Evenly spaced windows of the reference set as tensors: frames, actions, labelled; `where`
+    holds their episodes and starts."""
     episode, start = [], []
     for i in dataset.episodes("all"):
         room = dataset.lengths[i] - length
@@ -101,23 +118,38 @@ def reference_clips(dataset, per_episode, length, device):
     if not episode:
         raise UserError(f"Got episodes of at most {max(dataset.lengths)} frames in {dataset.path}, "
                         f"need one of {length} to compare a dream with: record longer ones.")
-    clips = dataset.read(np.array(episode), np.array(start), length)
-    clips = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in clips.items()}
+    where = np.array(episode), np.array(start)
+    clips, actions = to_tensors(dataset.read(*where, length), device)
+    return clips | {"where": where}, actions
+
+
+def to_tensors(batch, device):
+    """What Dataset.read gives -> tensors, and the actions among them once more."""
+    clips = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in batch.items()}
     return clips, {k: clips[k] for k in ("binary", "categorical", "continuous")}
 
 
-def dream_clips(run, z, actions, labelled, horizon, seed=0):
+@torch.no_grad()
+def dream_clips(run, z, actions, labelled, horizon, seed=0, forced=False):
     """Continue clips for their last `horizon` frames. z (B, T, S_z, Z), actions[:, t] led to
-    frame t. Returns frames uint8 (B, T, H, W, 3): the context reconstructed, the rest imagined.
+    frame t. Returns frames uint8 (B, T, H, W, 3): the context reconstructed, the rest imagined,
+    from what was imagined before or, `forced`, one step ahead from the true frames before it.
     The noise depends on the seed alone, so that two calls with other actions can be paired."""
-    generator = torch.Generator(z.device).manual_seed(seed)
-    dream, context = Dream(run.dynamics, generator), z.shape[1] - horizon
-    first = {name: x[:, :context] for name, x in actions.items()}
-    dream.commit(z[:, :context], first, labelled[:, :context])
-    frames = [z[:, :context]]
+    dream = Dream(run.dynamics, torch.Generator(z.device).manual_seed(seed))
+    cache, context = run.tokenizer.new_cache(), z.shape[1] - horizon
+    dream.commit(z[:, :context], {k: x[:, :context] for k, x in actions.items()},
+                 labelled[:, :context])
+    frames = [run.tokenizer.decode(z[:, :context], cache)]
     for t in range(context, z.shape[1]):
-        frames.append(dream.step({name: x[:, t:t + 1] for name, x in actions.items()})[0])
-    return run.tokenizer.decode(torch.cat(frames, 1))
+        action, true = {k: x[:, t:t + 1] for k, x in actions.items()}, z[:, t:t + 1]
+        has_action = torch.ones_like(labelled[:, :1])
+        imagined = dream.imagine(action, has_action)
+        frames.append(run.tokenizer.decode(imagined, cache))
+        if forced:                      # the true frame takes the imagined one's place
+            cache.advance(-1)
+            run.tokenizer.decode(true, cache)
+        dream.commit(true if forced else imagined, action, has_action)
+    return torch.cat(frames, 1)
 
 
 def squared_error(x_hat, x):
@@ -130,71 +162,662 @@ def decibel(error):
     return -10 * np.log10(np.mean(error, 0))
 
 
+def ssim(x_hat, x):
+    """Structural similarity (Wang et al. 2004) of uint8 (B, T, H, W, 3): (B, T), Gaussian window of
+    11 pixels (sigma 1.5), mean over the windows that lie inside and the channels."""
+    w = torch.exp(-(torch.arange(-5.0, 6) / 1.5) ** 2 / 2).to(x.device)
+    w = w / w.sum()
+
+    def blur(y):
+        y = F.conv2d(y, w.view(1, 1, -1, 1))
+        return F.conv2d(y, w.view(1, 1, 1, -1))
+
+    out = []
+    for a, b in zip(x_hat, x, strict=True):
+        a, b = (y.movedim(-1, 1).flatten(0, 1)[:, None].float() / 255 for y in (a, b))
+        ma, mb = blur(a), blur(b)
+        va, vb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+        s = ((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)
+             / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4)))
+        out.append(s.mean((1, 2, 3)).view(-1, 3).mean(1))
+    return torch.stack(out).cpu().numpy()
+
+
+# ------------------------------------------------------------------ symbols: does it obey the rules
+
+def in_sight(before, after):
+    """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be known,
+    bool (N, 9, 7): they lay open in the view of `before`; and what was there (N, 9, 7)."""
+    shift = after["probe_player"][:, 2:].astype(int) - before["probe_player"][:, 2:]
+    column, row = (np.arange(n).reshape(1, *form) + shift[:, i].reshape(-1, 1, 1)
+                   for i, (n, form) in enumerate(((9, (9, 1)), (7, (1, 7)))))
+    inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
+    was = before["probe_semantic"][np.arange(len(shift))[:, None, None], column.clip(0, 8),
+                                   row.clip(0, 6)]
+    terrain = lambda x: (x >= 1) & (x <= 12)
+    return inside & terrain(was) & terrain(after["probe_semantic"]), was
+
+
+def caused(change):
+    """Inventory changes (N, 16) that an action causes: items, and eating and drinking; health,
+    hunger, thirst and tiredness come by themselves."""
+    by_action = change != 0
+    by_action[:, [0, 3]] = False
+    by_action[:, 1:3] &= change[:, 1:3] > 0
+    return by_action
+
+
+def symbol_counts(reader, frames, before, after, last=None):
+    """Dreamed frames (N, H, W, 3) against the probes of the true ones (`after`) -> counts (N,).
+
+    before: probes of the last frame that the model was shown; last: the inventory before the step,
+    as the dream has it (default: the true one). Cells count in daylight only.
+    """
+    player = after["probe_player"]
+    texture, items, _ = reader.read(frames, player[:, 0] / 255, player[:, 1] > 0)
+    cells, true, old = reader.semantic[texture], after["probe_semantic"], before["probe_semantic"]
+    day = (player[:, 0] >= 128) & (player[:, 1] == 0) & (before["probe_player"][:, 1] == 0)
+    known = in_sight(before, after)[0] & day[:, None, None]
+    changed = known & (true != old)
+    total = lambda mask: mask.sum((1, 2))
+    change = after["probe_inventory"].astype(int) - before["probe_inventory"]
+    guess = items - (before["probe_inventory"] if last is None else last).astype(int)
+    real, dreamed = caused(change), caused(guess)
+    return {"known": total(known), "right": total(known & (cells == true)),
+            "right_repeat": total(known & (old == true)), "changed": total(changed),
+            "changed_right": total(changed & (cells == true)),
+            "hits": (real & dreamed & (change == guess)).sum(1),
+            "events": real.sum(1), "claims": dreamed.sum(1)}
+
+
+def ratio(a, b):
+    return np.sum(a) / max(np.sum(b), 1)
+
+
+def f1(hits, events, claims):
+    return 2 * np.sum(hits) / max(np.sum(events) + np.sum(claims), 1)
+
+
 @torch.no_grad()
-def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizon=16):
-    """PSNR on the reference set -> entries for results.json."""
+def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizon=64,
+                   simulator=False, picture=None):
+    """PSNR, SSIM and symbols on the reference set -> entries for results.json.
+
+    Curves by horizon: the dream with true and with shuffled actions (same noise, same contexts),
+    the last frame repeated, the tokenizer's reconstruction, and, with `simulator`, the true game
+    under the shuffled actions. picture: path of a chart of them.
+    """
     device = run.tokenizer.latent_std.device
+    horizon = min(horizon, max(dataset.lengths) - context)
     clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
-    frames, labelled = clips["frames"], clips["labelled"]
+    frames, labelled, where = clips["frames"], clips["labelled"], clips["where"]
     n, entries = len(frames), {}
+    interval = functools.partial(bootstrap, block=per_episode)
+    probes = read_probes(dataset, *where, context + horizon)
+    reader = make_env(dataset.spec.name).reader() if probes else None
     with autocast(device, dtype):
-        z = torch.cat([run.tokenizer.encode(x) for x in frames.split(32)])
-        recon = squared_error(torch.cat([run.tokenizer.decode(x) for x in z.split(32)]), frames)
-        interval = functools.partial(bootstrap, block=per_episode)
-        entries["tokenizer_psnr_db"] = *interval(decibel, recon.mean(1)), n, "dB"
+        z = torch.cat([run.tokenizer.encode(x) for x in frames.split(16)])
+        recon = torch.cat([run.tokenizer.decode(x) for x in z.split(16)])
+        entries["tokenizer_psnr_db"] = *interval(decibel, squared_error(recon, frames).mean(1)), \
+            n, "dB"
+        if reader:
+            player = probes["probe_player"]
+            day = (player[..., 0] >= 128) & (player[..., 1] == 0)
+            right = np.zeros(day.shape)
+            for t in range(day.shape[1]):
+                cells = reader.read(recon[:, t].cpu(), player[:, t, 0] / 255, player[:, t, 1])[0]
+                true = probes["probe_semantic"][:, t]
+                right[:, t] = (reader.semantic[cells] == true).mean((1, 2))
+            entries["tokenizer_cell_accuracy"] = *interval(
+                ratio, (right * day).sum(1), day.sum(1)), n, "share"
         if run.dynamics is None:
             return entries
         real = frames[:, context:]
-        shuffled = {k: x.roll(1, 0) for k, x in actions.items()}
-        shuffled = {k: torch.cat([actions[k][:, :context], x[:, context:]], 1)
-                    for k, x in shuffled.items()}
-        errors = {"recon": recon[:, context:],
-                  "repeat": squared_error(frames[:, context - 1:context].expand_as(real), real)}
-        for name, a in (("dream", actions), ("shuffled", shuffled)):
-            errors[name] = squared_error(
-                dream_clips(run, z, a, labelled, horizon)[:, context:], real)
+        shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(1, 0)], 1)
+                    for k, x in actions.items()}
+        shown = {"recon": recon[:, context:],
+                 "repeat": frames[:, context - 1:context].expand_as(real)}
+        for name, a, forced in (("dream", actions, False), ("shuffled", shuffled, False),
+                                ("next", actions, True)):
+            shown[name] = dream_clips(run, z, a, labelled, horizon, forced=forced)[:, context:]
+    if simulator:
+        shown["simulator"] = play_on(dataset, *where, context, shuffled).to(device)
+    errors = {name: squared_error(x, real) for name, x in shown.items()}
+    likeness = {name: ssim(x, real) for name, x in shown.items()}
     entries["recon_psnr_db"] = *interval(decibel, errors["recon"].mean(1)), n, "dB"
-    for h in HORIZONS:
-        e = {name: error[:, h - 1] for name, error in errors.items()}
-        for name in ("dream", "repeat", "shuffled"):
-            entries[f"{name}_psnr_db_h{h}"] = *interval(decibel, e[name]), n, "dB"
+    entries["next_frame_psnr_db"] = *interval(decibel, errors["next"].mean(1)), n, "dB"
+    curves = [name for name in shown if name not in ("recon", "next")]
+    for h in (h for h in HORIZONS if h <= horizon):
+        for name in curves:
+            entries[f"{name}_psnr_db_h{h}"] = *interval(decibel, errors[name][:, h - 1]), n, "dB"
+            entries[f"{name}_ssim_h{h}"] = *interval(np.mean, likeness[name][:, h - 1]), n, "ssim"
         for other in ("repeat", "shuffled"):
-            gain = interval(lambda a, b: decibel(a) - decibel(b), e["dream"], e[other])
+            gain = interval(lambda a, b: decibel(a) - decibel(b), errors["dream"][:, h - 1],
+                            errors[other][:, h - 1])
             entries[f"dream_minus_{other}_db_h{h}"] = *gain, n, "dB"
+    gains = decibel(errors["dream"]) - decibel(errors["repeat"])
+    entries["dream_minus_repeat_db_least_h1_16"] = float(gains[:16].min()), None, None, n, "dB"
+    if reader:
+        entries |= symbol_entries(reader, shown, probes, context, interval)
+    if picture:
+        picture_rollouts(picture, errors, likeness)
     return entries
+
+
+def read_probes(dataset, episode, start, length):
+    """Ground truth of windows, dict of (n, length, ...), {} where none was recorded."""
+    rows = dataset.rows(int(episode[0])).dtype.names
+    names = ("probe_semantic", "probe_inventory", "probe_player")
+    return dataset.read(episode, start, length, names) if set(names) <= set(rows) else {}
+
+
+def symbol_entries(reader, shown, probes, context, interval):
+    """Accuracy of what the dream shows: cells by horizon, and over all single steps ("next") cells,
+    moved frames and inventory."""
+    at = lambda t: {k: x[:, t] for k, x in probes.items()}
+    horizon, entries = shown["dream"].shape[1], {}
+    n = len(shown["dream"])
+    for h in (h for h in HORIZONS if h <= horizon):
+        counts = symbol_counts(reader, shown["dream"][:, h - 1].cpu(), at(context - 1),
+                               at(context + h - 1))
+        known = int(counts["known"].sum())
+        for name, right in (("cell_accuracy", "right"), ("repeat_cell_accuracy", "right_repeat")):
+            entries[f"{name}_h{h}"] = (*interval(ratio, counts[right], counts["known"]), known,
+                                       "share")
+        wrong = [counts["known"] - counts[x] for x in ("right", "right_repeat")]
+        entries[f"cell_error_to_repeat_h{h}"] = *interval(ratio, *wrong), known, "ratio"
+    steps = [symbol_counts(reader, shown["next"][:, t].cpu(), at(context + t - 1), at(context + t))
+             for t in range(horizon)]
+    total = {k: np.sum([s[k] for s in steps], 0) for k in steps[0]}
+    wrong = [total["known"] - total[x] for x in ("right", "right_repeat")]
+    for name, statistic, parts, count in (
+            ("next_cell_accuracy", ratio, (total["right"], total["known"]), "known"),
+            ("next_cell_error_to_repeat", ratio, wrong, "known"),
+            ("next_changed_accuracy", ratio, (total["changed_right"], total["changed"]), "changed"),
+            ("inventory_f1", f1, [total[k] for k in ("hits", "events", "claims")], "events")):
+        entries[name] = *interval(statistic, *parts), int(total[count].sum()), "share"
+    return entries
+
+
+def play_on(dataset, episode, start, context, actions):
+    """The simulator from the end of each clip's context under other actions, (n, T, .): frames
+    uint8 (n, T - context, H, W, 3). Each world is made anew and led there as it was recorded."""
+    jobs, keys = [], list(actions)
+    for i in np.unique(episode):
+        rows, recorded = np.flatnonzero(episode == i), dataset.episode(i)
+        jobs.append((dataset.spec.name, dataset.settings["seed"] + int(i),
+                     {k: np.array(recorded[k]) for k in keys},
+                     [(int(start[r]) + context - 1,
+                       {k: actions[k][r, context:].cpu().numpy() for k in keys}) for r in rows]))
+    with PROCESSES.Pool() as pool:
+        films = [film for part in pool.starmap(branch_off, jobs) for film in part]
+    return torch.from_numpy(np.stack(films))[np.argsort(np.argsort(episode, kind="stable"))]
+
+
+# -------------------------------------------------------------------- interactions (Section 4.2)
+
+def interactions(player):
+    """What can be tried from where a CrafterPlayer stands: {name: (script of action names, change
+    of the inventory, cells walked)}. The last two say what must come of it in the real game."""
+    me, world, rules, have = player.me, player.world, player.rules, player.have
+    ahead = np.array(me.facing)
+    side = np.array((-ahead[1], ahead[0]))
+    name = lambda v: MOVES[tuple(int(c) for c in v)]
+    F, B, D, U = map(name, (ahead, -ahead, side, -side))
+    cell = lambda x, y=0: world[me.pos + x * ahead + y * side]
+    free = lambda *cells: all(cell(*c)[0] in rules.walkable and not cell(*c)[1] for c in cells)
+    owns = lambda uses: all(have[k] >= n for k, n in uses.items())
+    material, thing = cell(1)
+    found, still, away = {}, (0, 0), tuple(ahead)
+    for move, action in MOVES.items():
+        there, creature = player.ahead(move)
+        if there in rules.walkable and not creature:
+            found[action.replace("move", "walk")] = [action], {}, move
+        if there == "water":
+            found["stopped_by_water"] = [action], {}, still
+    for item, sources in (("wood", ["tree"]), ("stone", ["stone"]), ("drink", ["water"]),
+                          ("coal", ["coal"]), ("iron", ["iron"]), ("diamond", ["diamond"])):
+        dig = material == "water" or player.can_dig(material)
+        if material in sources and not thing and dig and have[item] < 9:
+            kind = {"wood": "cut_a_tree", "drink": "drink", "stone": "mine_stone"}
+            found[kind.get(item, "mine_ore")] = ["do"], {item: 1}, still
+    for item in ("stone", "table", "furnace"):
+        rule = rules.place[item]
+        if not thing and material in ("grass", "sand", "path") and owns(rule["uses"]):
+            found[f"place_{item}"] = ([f"place_{item}"],
+                                      {k: -n for k, n in rule["uses"].items()}, still)
+    for tool, rule in rules.make.items():
+        near = world.nearby(me.pos, 1)[0]
+        if owns(rule["uses"]) and set(rule["nearby"]) <= set(near) and not have[tool]:
+            kind = "make_a_pickaxe" if "pickaxe" in tool else "make_a_sword"
+            found[kind] = ([f"make_{tool}"],
+                           {tool: 1} | {k: -n for k, n in rule["uses"].items()}, still)
+    damage = max(1, *(n for n, k in ((2, "wood"), (3, "stone"), (5, "iron"))
+                      if have[f"{k}_sword"]), 1)
+    if type(thing).__name__ == "Cow" and thing.health <= damage and have["food"] < 9:
+        found["eat_a_cow"] = ["do"], {"food": min(6, 9 - have["food"])}, still
+    if all(cell(i) == ("stone", None) for i in (1, 2, 3)) and player.can_dig("stone"):
+        found["tunnel"] = ["do", F] * 3, {"stone": min(3, 9 - have["stone"])}, tuple(3 * ahead)
+    if free((1,), (2,), (3,), (4,), (5,)):
+        found["look_away_and_back"] = [F] * 5 + [B] * 5, {}, still
+    if have["energy"] < 9 and world.daylight > 0.6:
+        found["sleep"] = ["sleep"] * 2, {}, still
+    stone = "place_stone"
+    if have["stone"] >= 3 and free((1,), (-1,), (-2,), (-3,)):
+        found["wall_of_three"] = ([stone, B, B, F, stone, B, B, F, stone], {"stone": -3},
+                                  tuple(-2 * ahead))
+    if have["stone"] >= 6 and free((1, 0), (-1, 0), (-2, 0), (-1, 1), (0, 1), (1, 1), (2, 1),
+                                   (-2, 2), (-1, 2), (0, 2), (1, 2)):
+        found["closed_ring"] = ([stone, B, B, F, stone, D, D, F, stone, B, B, F, stone, U, F, F,
+                                 stone, B, stone], {"stone": -6}, tuple(side))
+    return found
+
+
+def try_script(env, kind, script, gain, walked):
+    """Play a script in this copy of the real game -> [(frame, action, probe)], or None where a
+    creature, the night or a full pack spoils it, or where the last frame already looks right."""
+    names, items = env.spec.action_names, list(env.env._player.inventory)
+    before, rows, shows = env.probe(), [], []
+    for step in script:
+        action = env.spec.actions.zeros()
+        action["categorical"][0] = names.index(step)
+        frame, _, terminal = env.step(action)
+        rows.append((frame, action, env.probe()))
+        if terminal:
+            return None
+        pair = [{k: x[None] for k, x in probe.items()} for probe in (before, rows[-1][2])]
+        known, was = in_sight(*pair)
+        shows.append(ratio(known & (pair[1]["probe_semantic"] != pair[0]["probe_semantic"]), known))
+    after = rows[-1][2]
+    change = dict(zip(items, after["probe_inventory"].astype(int) - before["probe_inventory"],
+                      strict=True))
+    right = all(change[k] == n for k, n in gain.items()) and not any(
+        change[k] for k in items[4:] if k not in gain)
+    there = tuple(after["probe_player"][2:].astype(int) - before["probe_player"][2:]) == walked
+    if kind == "stopped_by_water":      # moving would have looked different
+        axis = 0 if script[0] in ("move_left", "move_right") else 1
+        cells = np.moveaxis(before["probe_semantic"], axis, 0)
+        shows = [(cells[1:] != cells[:-1]).mean()]
+    visible = gain or kind == "sleep" or max(shows) > 0.2
+    return rows if right and there and visible and after["probe_player"][0] >= 128 else None
+
+
+def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=INTERACTION_SEED):
+    """Contexts of natural play in held-out worlds, each continued by the script of an interaction
+    in a copy of the real game: an episode each, `context` true frames and the script's."""
+    env, kinds = make_env(env_name), []
+    for w in tqdm(range(worlds), desc="interactions"):
+        env.reset(seed + w)
+        player = env.player(rng_for(seed, "interactions", w), ("skilled", "average")[w % 2])
+        rows, here = collections.deque(maxlen=context), collections.Counter()
+        for _ in range(400):
+            action = player.act()
+            frame, _, terminal = env.step(action)
+            rows.append((frame, action, env.probe()))
+            if terminal:
+                break
+            if len(rows) < context or player.me.sleeping or player.world.daylight < 0.5:
+                continue
+            for kind, plan in interactions(player).items():
+                if kinds.count(kind) >= each or here[kind] >= 2:
+                    continue
+                if film := try_script(copy.deepcopy(env), kind, *plan):
+                    frames, actions, probes = zip(*rows, *film, strict=True)
+                    turn = lambda dicts: {k: [d[k] for d in dicts] for k in dicts[0]}
+                    write_episode(path, len(kinds), frames, turn(actions),
+                                  np.zeros((len(frames), len(env.spec.tasks))),
+                                  np.ones(len(frames)), None, turn(probes))
+                    kinds.append(kind), here.update([kind])
+    finish_dataset(path, env.spec, {"kinds": kinds, "context": context, "seed": seed})
+
+
+def judge(reader, kind, dreamed, real, before, after):
+    """Does a dreamed frame show the right outcome? (N, H, W, 3) twice and the probes of the last
+    frame shown and of the true outcome -> bool (N,). All of: the player as in the real frame, every
+    item's count right, every cell that was altered right, and 9 in 10 of the known cells."""
+    light, asleep = after["probe_player"][:, 0] / 255, after["probe_player"][:, 1] > 0
+    texture, items, _ = reader.read(dreamed, light, asleep)
+    player = texture[:, 4, 3] == reader.read(real, light, asleep)[0][:, 4, 3]
+    if kind == "sleep":                 # grey all over: more like sleep than like waking
+        costs = [reader.distances(dreamed, light, np.full(len(light), s)).min(-1).mean(-1)
+                 for s in (False, True)]
+        return player & (costs[1] < costs[0])
+    true = after["probe_inventory"].astype(int)
+    by_action = caused(true - before["probe_inventory"])
+    by_action[:, 4:] = True
+    known, was = in_sight(before, after)
+    right = reader.semantic[texture] == after["probe_semantic"]
+    altered = known & (was != after["probe_semantic"])
+    return (player & ((items == true) | ~by_action).all(1) & (right | ~altered).all((1, 2))
+            & ((known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))))
+
+
+@torch.no_grad()
+def evaluate_interactions(run, dataset, dtype="auto", picture=None):
+    """Share of contexts in which the dream shows what the script does in the real game, by kind."""
+    device, context = run.tokenizer.latent_std.device, dataset.settings["context"]
+    reader, kinds = make_env(dataset.spec.name).reader(), np.array(dataset.settings["kinds"])
+    entries, strips, passed = {}, [], {}
+    for kind in sorted(set(kinds)):
+        rows = np.flatnonzero(kinds == kind)
+        length = int(dataset.lengths[rows[0]])
+        where = rows, np.zeros(len(rows), int)
+        clips, actions = to_tensors(dataset.read(*where, length), device)
+        probes = read_probes(dataset, *where, length)
+        at = lambda t: {k: x[:, t] for k, x in probes.items()}
+        with autocast(device, dtype):
+            dreamed = dream_clips(run, run.tokenizer.encode(clips["frames"]), actions,
+                                  clips["labelled"], length - context).cpu().numpy()
+        real, good = clips["frames"].cpu().numpy(), np.ones(len(rows), bool)
+        moments = [length - 1] + [context + 4] * (kind == "look_away_and_back")
+        for t in moments:
+            good &= judge(reader, kind, dreamed[:, t], real[:, t], at(context - 1), at(t))
+        n = len(rows)
+        entries[f"interaction_{kind}"] = good.mean(), *wilson(int(good.sum()), n), n, "share"
+        passed[kind] = good
+        color = lambda ok: (60, 170, 90) if ok else (200, 40, 40)
+        strips.append(np.concatenate([np.concatenate(
+            [border(real[i, context - 1], (90, 90, 90)), border(dreamed[i, -1], color(good[i])),
+             border(real[i, -1], (90, 90, 90))], 1) for i in range(4)], 1))
+    shares = np.array([x.mean() for x in passed.values()])
+    spread = np.sqrt(sum(x.var() / len(x) for x in passed.values())) / len(passed)
+    entries["interactions_pass_rate"] = (shares.mean(), shares.mean() - 1.96 * spread,
+                                         shares.mean() + 1.96 * spread, len(kinds), "share")
+    if picture:
+        write_strips(picture, list(passed), strips)
+    return entries
+
+
+# ------------------------------------------------------------ sampling steps, long and free dreams
+
+@torch.no_grad()
+def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0, keep=None):
+    """Dreams of n rows -> latents (n, T, S_z, Z) of the frames in `keep` (default: all).
+
+    From nothing (the first frame has no action and no past), or on from context, a tuple of z,
+    actions, labelled. The actions are `actions` (n, length, .), or sampled by the BC policy of the
+    run `actor`, which looks at the same latents: so one policy can drive several world models.
+    """
+    device = run.tokenizer.latent_std.device
+    generator = torch.Generator(device).manual_seed(seed)
+    dream, eyes, frames, h = Dream(run.dynamics, generator), None, [], None
+    none = {k: torch.from_numpy(x).to(device) for k, x in run.spec.actions.zeros(n, 1).items()}
+    yes = torch.ones(n, 1, dtype=torch.bool, device=device)
+    if actor:
+        eyes = Dream(actor.dynamics, generator)
+        task = torch.randint(max(1, len(run.spec.tasks)), (n, 1), generator=generator,
+                             device=device)
+    if context:
+        dream.commit(*context)
+    for t in range(length):
+        labelled, action = yes, none
+        if t == 0 and not context:
+            labelled = ~yes
+        elif actor:
+            action = {k: x[:, None] for k, x in actor.agent.act(h, generator).items()}
+        else:
+            action = {k: x[:, t:t + 1] for k, x in actions.items()}
+        z = dream.imagine(action, labelled)
+        dream.commit(z, action, labelled)
+        if actor:
+            h = eyes.commit(z, action, labelled, task)[:, 0]
+        if keep is None or t in keep:
+            frames.append(z)
+    return torch.cat(frames, 1)
+
+
+def random_features(frames, seed=0):
+    """uint8 (N, T, H, W, 3) -> (N, 256): "random3d", the means and deviations of 128 channels of a
+    three-layer 3-D convolution with fixed random weights. No trained net can be had offline."""
+    generator, sizes = torch.Generator().manual_seed(seed), (3, 32, 64, 128)
+    weights = [torch.randn(b, a, 3, 5, 5, generator=generator) * (2 / (75 * a)) ** 0.5
+               for a, b in zip(sizes, sizes[1:], strict=False)]
+    out = []
+    for x in frames.split(32):
+        x = x.movedim(-1, 1).float().cpu() / 127.5 - 1
+        for i, w in enumerate(weights):
+            x = F.relu(F.conv3d(x, w, stride=(1 + (i > 0), 3, 3), padding=(1, 2, 2)))
+        out.append(torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4))], 1))
+    return torch.cat(out).double().numpy()
+
+
+def frechet(real, fake):
+    """Frechet distance of two Gaussians fitted to (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 -
+    2 (C1 C2)^(1/2))."""
+    mean = np.square(real.mean(0) - fake.mean(0)).sum()
+    a, b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
+    return float(mean + np.trace(a) + np.trace(b) - 2 * root)
+
+
+@torch.no_grad()
+def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=16, dtype="auto"):
+    """The paper's Figure 8: videos from nothing for each K, the Frechet distance of 64 principal
+    components of random3d to real windows, and the share of cells that show a legal texture."""
+    device, entries = run.tokenizer.latent_std.device, {}
+    episode, start, _ = dataset.sample(rng_for(0, "frechet", 0), 2 * n, length, split="all")
+    real = random_features(torch.from_numpy(dataset.read(episode, start, length,
+                                                         ["frames"])["frames"]))
+    center, scale = real.mean(0), real.std(0)
+    axes = np.linalg.svd((real - center) / scale, full_matrices=False)[2][:64].T
+    project = lambda x: (x - center) / scale @ axes
+    real = project(real)
+    entries["frechet_real"] = frechet(real[:n], real[n:]), None, None, n, "distance"
+    reader, k_of_run = make_env(dataset.spec.name).reader(), run.dynamics.cfg.k
+    for k in ks:
+        run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k)
+        frames = []
+        with autocast(device, dtype):
+            for i in range(0, n, 256):
+                z = dream_freely(run, min(256, n - i), length, actor, seed=i)
+                frames.append(run.tokenizer.decode(z).cpu())
+        frames = torch.cat(frames)
+        fake, rng = project(random_features(frames)), np.random.default_rng(0)
+        draws = [frechet(real[:n], fake[rng.integers(n, size=n)]) for _ in range(100)]
+        entries[f"frechet_k{k}"] = (frechet(real[:n], fake),
+                                    *map(float, np.percentile(draws, [2.5, 97.5])), n, "distance")
+        some = frames[:: max(1, n // 256), -1]
+        legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
+        entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
+    run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k_of_run)
+    return entries
+
+
+@torch.no_grad()
+def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None):
+    """Dreams of `length` frames from one context of each reference episode, with recorded actions
+    (of the next episode, over and over): share of legal cells, every 50 frames."""
+    device, reader = run.tokenizer.latent_std.device, make_env(dataset.spec.name).reader()
+    clips, actions = reference_clips(dataset, 1, max(64, context), device)
+    n, moments = len(clips["frames"]), np.arange(50, length + 1, 50) - 1
+    tiled = {k: x.roll(1, 0)[:, 1:].repeat(1, length // 63 + 1, *[1] * (x.ndim - 2))[:, :length]
+             for k, x in actions.items()}
+    keep = set(moments) | (set(range(0, length, 5)) if film else set())
+    with autocast(device, dtype):
+        z = run.tokenizer.encode(clips["frames"][:, :context])
+        z = dream_freely(run, n, length, None, tiled, (
+            z, {k: x[:, :context] for k, x in actions.items()}, clips["labelled"][:, :context]),
+            keep=keep)
+        frames = run.tokenizer.decode(z).cpu().numpy()      # of kept frames: no past to lean on
+    entries, times = {}, sorted(keep)
+    for t in moments:
+        legal = (reader.read(frames[:, times.index(t)])[2] < reader.LEGAL).mean((1, 2))
+        entries[f"legal_long_{t + 1}"] = *mean_interval(legal), n, "share"
+    if film:
+        write_film(film, np.concatenate(list(frames[:4]), -2))
+    return entries
+
+
+# --------------------------------------------------------------------------------------- speed
+
+def empty_inputs(cfg, spec, B, T, device):
+    """Zero latents, no-op actions, labelled: the arguments of Dream.commit."""
+    return (torch.zeros(B, T, cfg.tokens, cfg.channels, device=device),
+            {k: torch.from_numpy(x).to(device) for k, x in spec.zeros(B, T).items()},
+            torch.ones(B, T, dtype=torch.bool, device=device))
+
+
+def seconds(step, repeats, device):
+    """Median wall time of step() over `repeats` calls, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))
+
+
+@torch.no_grad()
+def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, cached=True, repeats=12):
+    """Frames/s of a dream of B rows on a full context; tokenizer: frames are decoded as well;
+    not cached: every pass sees the whole context again, as a model without a cache does."""
+    cfg = model.cfg
+    model.cfg = dataclasses.replace(cfg, k=k or cfg.k)
+    spec = model.action_spec
+    with autocast(device, dtype):
+        dream = Dream(model, cache=Cache(context))
+        view = None if tokenizer is None else tokenizer.new_cache()
+        inputs, one = (empty_inputs(cfg, spec, B, T, device) for T in (context, 1))
+        if cached:
+            dream.commit(*inputs)
+
+        def step():
+            if cached:
+                z = dream.step(one[1])[0]
+            else:
+                z, actions, labelled = empty_inputs(cfg, spec, B, context + 1, device)
+                tau = torch.full(z.shape[:2], model.tau_ctx, device=device)
+                for _ in range(model.cfg.k):        # the last frame's passes; no commit is needed
+                    z = model(z, tau, torch.full_like(tau, model.d_min), actions, labelled)[0]
+                z = z[:, -1:]
+            if view:
+                tokenizer.decode(z, view).cpu()
+
+        rate = B / seconds(step, repeats, device)
+    model.cfg = cfg
+    return rate
 
 
 @torch.no_grad()
 def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
-    device, cfg = run.tokenizer.latent_std.device, run.dynamics.cfg
-    generator, entries = torch.Generator(device).manual_seed(0), {}
+    device, cfg, spec = run.tokenizer.latent_std.device, run.dynamics.cfg, run.spec.actions
+    entry = lambda value, n: (value, None, None, n, "frames/s")
+    entries = {"dream_fps_batch1": entry(dream_rate(
+        run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
+    if run.agent:
+        C, horizon = run.agent.cfg.context, run.agent.cfg.horizon
+        task = torch.zeros(64, C, dtype=torch.long, device=device)
 
-    def inputs(B, T):
-        return (torch.zeros(B, T, cfg.tokens, cfg.channels, device=device),
-                {k: torch.from_numpy(x).to(device)
-                 for k, x in run.spec.actions.zeros(B, T).items()},
-                torch.ones(B, T, dtype=torch.bool, device=device))
+        def rollout():
+            h = imagine_rollout(run.dynamics, run.agent, *empty_inputs(cfg, spec, 64, C, device),
+                                task, horizon, torch.Generator(device))[0]
+            (run.agent.rewards(h) + run.agent.values(h)).cpu()
 
-    with autocast(device, dtype):
-        dream, cache = Dream(run.dynamics, generator), run.tokenizer.new_cache()
-        dream.commit(*inputs(1, cfg.context))
-        begin = time.perf_counter()
-        for _ in range(frames):
-            run.tokenizer.decode(dream.step(inputs(1, 1)[1])[0], cache).cpu()
-        entries["dream_fps_batch1"] = (frames / (time.perf_counter() - begin), None, None, frames,
-                                       "frames/s")
-        if run.agent:
-            C, horizon = run.agent.cfg.context, run.agent.cfg.horizon
-            task, rates = torch.zeros(64, C, dtype=torch.long, device=device), []
-            for _ in range(rollouts):
-                begin = time.perf_counter()
-                h = imagine_rollout(run.dynamics, run.agent, *inputs(64, C), task, horizon,
-                                    generator)[0]
-                (run.agent.rewards(h) + run.agent.values(h)).cpu()
-                rates.append(64 * horizon / (time.perf_counter() - begin))
-            entries["imagined_frames_per_s"] = (float(np.median(rates)), None, None, rollouts,
-                                                "frames/s")
+        with autocast(device, dtype):
+            entries["imagined_frames_per_s"] = entry(
+                64 * horizon / seconds(rollout, rollouts, device), rollouts)
+    return entries
+
+
+def matmul_peak(device, dtype, repeats=8):
+    """FLOP/s of the fastest of three large matrix products."""
+    rates = []
+    for n in (512, 1024, 2048):
+        a, b = (torch.randn(m, n, device=device, dtype=dtype) for m in (8192, n))
+        rates.append(2 * 8192 * n * n / seconds(lambda a=a, b=b: a @ b, repeats, device))
+    return max(rates)
+
+
+def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
+    """Frames/s and FLOP/s (matrix products, forward and backward) of a training step."""
+    from train import compile_module, make_optimizers       # later in the order of imports
+    from torch.utils.flop_counter import FlopCounterMode
+    optimizers = make_optimizers([model], 1e-4, 1e-4)
+
+    def step():
+        with autocast(device, dtype):
+            loss = loss_fn()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    compile_module(model, device)
+    time_of_step = seconds(step, repeats, device)
+    return frames / time_of_step, counter.get_total_flops() / time_of_step
+
+
+def bench(device, dtype="auto"):
+    """Speeds at pinned shapes, random weights: 4 layers of width 256, 16 latent, 4 register tokens,
+    K_max 16; training batch 16 x 16; and 8 layers of width 512 at T = 64 ("wide")."""
+    entries, spec = {}, ActionSpec(categorical=(17,))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def note(name, value, unit):
+        entries[f"bench_{name}"] = value, None, None, 1, unit
+        print(f"{name:34s} {value:10.4g} {unit}", flush=True)
+
+    def model(dim=256, layers=4, **more):
+        cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers,
+                             context=64, **more)
+        return Dynamics(cfg, spec).to(device)
+
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        note(f"matmul_{name}", matmul_peak(device, kind) / 1e9, "GFLOP/s")
+    peak = entries["bench_matmul_bf16"][0] if pick_dtype(device, dtype) == "bf16" else \
+        entries["bench_matmul_fp32"][0]
+    for name, net, B, T in (("dynamics", model(), 16, 16), ("wide", model(512, 8), 4, 64)):
+        z, actions, labelled = empty_inputs(net.cfg, spec, B, T, device)
+        z = torch.randn(z.shape, device=device)
+        loss = lambda net=net, z=z, a=actions, y=labelled, B=B: dynamics_losses(
+            net, z, a, y, B // 4, generator)[0]["dynamics"]
+        frames, flops = training_rate(net, loss, B * T, device, dtype)
+        note(f"{name}_training", frames, "frames/s")
+        note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
+    tokenizer = Tokenizer(TokenizerConfig()).to(device)
+    pixels = torch.randn(16, 8, 72, 72, 3, device=device)
+    frames, flops = training_rate(
+        tokenizer, lambda: reconstruction_loss(tokenizer(pixels), pixels)["mse"], 128, device,
+        dtype)
+    note("tokenizer_training", frames, "frames/s")
+    note("tokenizer_training_share_of_peak", flops / 1e9 / peak, "share")
+
+    tokenizer = freeze(Tokenizer(TokenizerConfig(latents=18, channels=32, pack=1)), device, dtype)
+    frames = torch.zeros(16, 16, 72, 72, 3, dtype=torch.uint8, device=device)
+    with torch.no_grad(), autocast(device, dtype):
+        z = tokenizer.encode(frames)
+        note("encode", 256 / seconds(lambda: tokenizer.encode(frames), 5, device), "frames/s")
+        note("decode", 256 / seconds(lambda: tokenizer.decode(z), 5, device), "frames/s")
+    net = freeze(model(), device, dtype)
+    eyes = freeze(Tokenizer(TokenizerConfig(latents=16, channels=32, pack=1)), device, dtype)
+    rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
+    for k in (1, 4):
+        note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
+        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=eyes, repeats=60), "frames/s")
+        note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
+    note("dream_b64_c16_k4_decoded", rate(64, 16, tokenizer=eyes), "frames/s")
+    note("uncached_b1_c64_k4", rate(1, 64, cached=False, repeats=8), "frames/s")
+    note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
+         / entries["bench_uncached_b1_c64_k4"][0], "ratio")
+    for context in (16, 64, 192):
+        note(f"dream_b1_c{context}", 1000 / rate(1, context, repeats=60), "ms a frame")
+    for times, dim in ((2, 368), (4, 512)):
+        bigger = freeze(model(dim), device, dtype)
+        note(f"dream_parameters_x{times}", 1000 / dream_rate(
+            bigger, 1, 64, device, dtype, repeats=60), "ms a frame")
+    with torch.no_grad(), autocast(device, dtype):
+        dream, cost, one = Dream(net), [], empty_inputs(net.cfg, spec, 1, 1, device)[1]
+        for _ in range(510):
+            begin = time.perf_counter()
+            dream.step(one)
+            cost.append(time.perf_counter() - begin)
+    note("frame500_over_frame100", np.median(cost[490:510]) / np.median(cost[90:110]), "ratio")
+    note("peak_memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
     return entries
 
 
@@ -350,7 +973,8 @@ def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", work
             continue
         run, gif = None, None
         if stage:
-            run, gif = load_run(folder, stage, device), folder / f"episode_{agent}.gif"
+            run = load_run(folder, stage, device, dtype)
+            gif = folder / f"episode_{agent}.gif"
         firsts[agent] = evaluate_agent(env, range(TEST_SEED, TEST_SEED + n), length, run, dtype,
                                        workers, gif=gif)
     return agent_entries(load_run(folder, None, device).spec, firsts)
@@ -436,6 +1060,35 @@ def picture_curves(folder, stage):
     plt.close(figure)
 
 
+def write_strips(path, titles, strips):
+    """Rows of pictures with their names, as one PNG."""
+    plt = plot()
+    figure, axes = plt.subplots(len(strips), 1, figsize=(12, 1.15 * len(strips)))
+    for axis, title, strip in zip(axes, titles, strips, strict=True):
+        axis.imshow(strip)
+        axis.set_title(title, fontsize=8, loc="left", pad=2)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def picture_rollouts(path, errors, likeness):
+    """PSNR and SSIM by horizon: {curve: (n, T)} twice."""
+    plt = plot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    for name in (name for name in errors if name != "next"):
+        for axis, curve in zip(axes, (decibel(errors[name]), likeness[name].mean(0)), strict=True):
+            axis.plot(np.arange(1, len(curve) + 1), curve, label=name)
+    for axis, title in zip(axes, ("PSNR, dB", "SSIM"), strict=True):
+        axis.set_xlabel("frames after the context")
+        axis.set_title(title)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def picture_success(folder, spec, results):
     """Success per rung and agent with Wilson intervals (the paper's Figure 3)."""
     agents = [a for a in ("random", "bc", "rl", "player") if f"ladder_{a}" in results]
@@ -459,7 +1112,11 @@ def picture_success(folder, spec, results):
 
 # -------------------------------------------------------------------------------------- report
 
-PICTURES = (("tokenizer_reconstructions.png", "Real frames (above) and their reconstructions"),
+PICTURES = (("rollouts.png", "PSNR and SSIM by horizon"),
+            ("interactions.png", "Interactions: last frame shown, dreamed outcome (green: right), "
+             "real outcome"),
+            ("long.gif", "500 dreamed frames"),
+            ("tokenizer_reconstructions.png", "Real frames (above) and their reconstructions"),
             ("dream.gif", "Dreams (left of each pair, orange border) beside reality (right)"),
             ("success.png", "Success by rung of the ladder, 95 % Wilson intervals"),
             ("episode_bc.gif", "A real episode of the BC policy"),
@@ -493,12 +1150,15 @@ def write_report(folder):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("eval", "dream", "report"))
+    parser.add_argument("command", choices=("eval", "world", "bench", "dream", "report"))
     parser.add_argument("--run", default="runs/crafter", help="folder of a training run")
     parser.add_argument("--agents", default="random,bc,rl,player", help="eval: which agents")
     parser.add_argument("--episodes", type=int, default=200, help="eval: episodes of each policy")
     parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
+    parser.add_argument("--parts", default="rollouts,interactions,sampling,long",
+                        help="world: which measures")
+    parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
     parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
@@ -525,9 +1185,33 @@ def evaluate(words):
                                                      device, args.dtype, args.workers))
 
 
+def evaluate_world_more(args, command):
+    """`play.py world`: the measures of the world model that take longer, into results.json."""
+    folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
+    run, dataset = open_run(args, settings, device)
+    parts = args.parts.split(",")
+    if bad := set(parts) - {"rollouts", "interactions", "sampling", "long"}:
+        raise UserError(f"Got parts {sorted(bad)}, need some of rollouts, interactions, sampling "
+                        "and long.")
+    if run.dynamics is None:
+        raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
+    measures = {
+        "rollouts": lambda: evaluate_world(run, dataset, args.dtype, simulator=True,
+                                           picture=folder / "rollouts.png"),
+        "interactions": lambda: evaluate_interactions(
+            run, interaction_set(settings["env"]), args.dtype, folder / "interactions.png"),
+        "sampling": lambda: evaluate_sampling(
+            run, dataset, load_run(args.policy or folder, "agent", device, args.dtype),
+            dtype=args.dtype),
+        "long": lambda: evaluate_long(run, dataset, dtype=args.dtype, film=folder / "long.gif")}
+    for part in parts:
+        print(f"Measuring {part}.", flush=True)
+        add_results(folder, command, measures[part]())
+
+
 def open_run(args, settings, device):
     """The run and the reference set that it is judged by."""
-    run = load_run(args.run, None, device)
+    run = load_run(args.run, None, device, args.dtype)
     if run.dynamics and args.k:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
@@ -542,6 +1226,13 @@ def main():
     elif args.command == "eval":
         evaluate(sys.argv[1:])
         print(results_table(read_results(folder)))
+    elif args.command == "world":
+        evaluate_world_more(args, "python play.py " + " ".join(sys.argv[1:]))
+        print(results_table(read_results(folder)))
+    elif args.command == "bench":
+        entries = bench(pick_device(args.device), args.dtype)
+        if folder.is_dir():
+            add_results(folder, "python play.py " + " ".join(sys.argv[1:]), entries)
     else:
         run, dataset = open_run(args, data_config(folder), pick_device(args.device))
         if run.dynamics is None:

@@ -2,6 +2,7 @@
 
 A docstring says what the test fails on; each negative claim has a positive control beside it.
 """
+import copy
 import hashlib
 import json
 import math
@@ -20,8 +21,8 @@ import data
 import play
 import train
 from agent import (STAGES, Agent, AgentConfig, Run, action_kl, action_log_prob, agent_losses,
-                   behavior_loss, imagination_losses, imagine_rollout, lambda_returns, load_run,
-                   pmpo_loss, sample_action, symexp_bins, targets_ahead, two_hot,
+                   behavior_loss, freeze, imagination_losses, imagine_rollout, lambda_returns,
+                   load_run, pmpo_loss, sample_action, symexp_bins, targets_ahead, two_hot,
                    two_hot_log_prob, two_hot_mean, value_loss)
 from data import ActionSpec, EnvSpec, UserError, run_cli
 from dynamics import (ActionEmbedding, Dream, Dynamics, DynamicsConfig, corrupt, dynamics_losses,
@@ -191,6 +192,7 @@ def test_crafter_is_deterministic_across_processes(tmp_path):
     """Fails if creatures are drawn from sets ordered by memory address."""
     script = tmp_path / "walk.py"
     script.write_text(f"""
+import copy
 import hashlib, os, sys, numpy as np
 sys.path.insert(0, {str(REPO)!r})
 import data
@@ -559,6 +561,28 @@ def test_tokenizer_masks_are_one_way():
     later[:, 3] += 1
     change = (model.bottleneck(frames) - model.bottleneck(later)).abs().amax((0, 2, 3))
     assert change[:3].max() == 0 and change[3] > 1e-3
+
+
+@pytest.mark.parametrize("own", [1, 2])
+def test_latents_start_from_their_own_patch(own):
+    """Fails if a latent is paired with another patch, or the way back differs."""
+    model = tiny_tokenizer(latents=6 * own, pack=own)
+    assert model.own == own
+    assert tiny_tokenizer().own == tiny_tokenizer(latents=6, local=False).own == 0
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        for layer in (block.attention.out, block.down):             # nothing is read elsewhere
+            layer.weight.data.zero_()
+    for patch, (row, column) in enumerate(np.ndindex(2, 3)):
+        x = torch.zeros(1, 1, 8, 12, 3)
+        moved = x.clone()
+        moved[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4] = 1
+        change = (model.bottleneck(moved) - model.bottleneck(x)).abs().amax((0, 1, 3))
+        assert change.nonzero()[:, 0].tolist() == list(range(patch * own, patch * own + own))
+        z = torch.zeros(1, 1, 6 * own, 3)
+        other = z.clone()
+        other[:, :, patch * own] = 0.5
+        change = (model.reconstruct(other) - model.reconstruct(z)).abs().amax((0, 1, 4)) > 0
+        assert change[4 * row:4 * row + 4, 4 * column:4 * column + 4].all() and change.sum() == 16
 
 
 def test_bottleneck_is_bounded_and_informative():
@@ -1260,6 +1284,211 @@ def test_paired_noise_makes_dreams_repeat(monkeypatch):
     assert torch.equal(films[0], films[1]) and films[0].shape == (2, 6, 8, 12, 3)
     assert not torch.equal(films[0], films[2]) and not torch.equal(films[0], films[3])
     assert torch.equal(films[0][:, :3], films[3][:, :3])            # the context is the same
+
+
+# ------------------------------------------------------------- play.py: what a world model knows
+
+def player_film(steps=60, seed=3, skill="skilled"):
+    """Real play: frames (T, 72, 72, 3), actions (T, 1) and probes (T, ...)."""
+    frames, actions, *_, probes = data.play_episode(data.Crafter(), seed, 0, steps, skill)
+    return np.stack(frames), np.array(actions["categorical"]), {k: np.stack(x)
+                                                                 for k, x in probes.items()}
+
+
+def at(probes, t):
+    return {k: x[t:t + 1] for k, x in probes.items()}
+
+
+def test_reader_reads_real_frames():
+    """Fails if cells are transposed, a texture is missing, or the light is not Crafter's."""
+    frames, _, probes = player_film(150)
+    light, asleep = probes["probe_player"][:, 0] / 255, probes["probe_player"][:, 1] > 0
+    reader = data.CrafterReader()
+    cells, items, error = reader.read(frames, light, asleep)
+    day = (light >= 0.5) & ~asleep
+    assert day.sum() > 100 and light[day].min() < 0.7 < light.max()  # dusk is in it too
+    assert (reader.semantic[cells] == probes["probe_semantic"])[day].all()
+    assert (items == probes["probe_inventory"]).all()
+    assert error[day].max() < 3 < reader.LEGAL
+    assert len(np.unique(probes["probe_semantic"][day])) > 4         # control: there is variety
+    guessed = reader.read(frames[::50])[0]
+    assert (reader.semantic[guessed] == probes["probe_semantic"][::50]).mean() > 0.95
+    noise = np.random.default_rng(0).integers(0, 256, (1, 72, 72, 3))
+    assert (reader.read(noise)[2] > reader.LEGAL).all()
+
+
+def test_reader_tells_sleep_from_waking():
+    """Fails if the grey of sleep is read as day."""
+    env = data.Crafter()
+    env.reset(3)
+    env.env._player.inventory["energy"] = 3
+    for _ in range(3):
+        action = env.spec.actions.zeros()
+        action["categorical"][0] = env.spec.action_names.index("sleep")
+        frame = env.step(action)[0]
+    probe, reader = env.probe(), data.CrafterReader()
+    assert probe["probe_player"][1] == 1
+    light = [probe["probe_player"][0] / 255]
+    near, far = (reader.distances(frame[None].astype(float), light, [s]).min(-1).mean()
+                 for s in (True, False))
+    assert near < 2 and far > 20
+    assert reader.textures[reader.read(frame[None], light, [True])[0][0, 4, 3]] == "player-sleep"
+
+
+def test_cells_in_sight_follow_the_walk():
+    """Fails if the shift has the wrong sign or axis, or creatures count as terrain."""
+    world = np.random.default_rng(0).integers(1, 19, (40, 40), dtype=np.uint8)
+
+    def probe(x, y):
+        return {"probe_semantic": world[None, x:x + 9, y:y + 7],
+                "probe_player": np.array([[255, 0, x, y]], np.uint8)}
+    for x, y in ((11, 10), (9, 10), (10, 12), (10, 10), (30, 10)):
+        known, was = play.in_sight(probe(10, 10), probe(x, y))
+        for i, j in np.ndindex(9, 7):
+            there = (x + i - 10, y + j - 10)
+            inside = 0 <= there[0] < 9 and 0 <= there[1] < 7
+            assert known[0, i, j] == (inside and world[x + i, y + j] <= 12)
+            assert not inside or was[0, i, j] == world[x + i, y + j]
+
+
+def test_symbol_counts_of_truth_and_of_standing_still():
+    """Fails if the true frame is not all right, a repeated frame gets credit for what changed, or
+    hunger counts as the action's work."""
+    frames, _, probes = player_film(120)
+    reader, total, still = data.CrafterReader(), {}, {}
+    for t in range(1, 110):
+        for into, shown in ((total, frames[t]), (still, frames[t - 1])):
+            counts = play.symbol_counts(reader, shown[None], at(probes, t - 1), at(probes, t))
+            for k, x in counts.items():
+                into[k] = into.get(k, 0) + int(x.sum())
+    assert total["right"] == total["known"] > 1000 and total["changed_right"] == total["changed"]
+    assert total["hits"] == total["events"] == total["claims"] > 5
+    assert still["right"] == still["right_repeat"] == total["right_repeat"] < total["known"]
+    assert still["changed_right"] == still["hits"] == still["claims"] == 0 < still["changed"]
+    change = np.zeros((1, 16), int)
+    change[0, [0, 1, 2, 3, 5]] = -1, -1, 1, 1, -2
+    assert play.caused(change)[0].nonzero()[0].tolist() == [2, 5]
+    assert play.f1(np.array([2]), np.array([3]), np.array([5])) == 0.5
+
+
+def test_ssim_equals_a_naive_loop():
+    """Fails if window, constants or the covariance are wrong."""
+    rng = np.random.default_rng(0)
+    x, y = (torch.from_numpy(rng.integers(0, 256, (1, 1, 13, 12, 3), dtype=np.uint8))
+            for _ in range(2))
+    y = (0.6 * x + 0.4 * y).to(torch.uint8)
+    w = np.exp(-((np.arange(11) - 5) / 1.5) ** 2 / 2)
+    w = np.outer(w, w) / np.outer(w, w).sum()
+    scores = []
+    for i, j, c in np.ndindex(3, 2, 3):
+        a, b = (v[0, 0, i:i + 11, j:j + 11, c].double().numpy() / 255 for v in (x, y))
+        ma, mb = (w * a).sum(), (w * b).sum()
+        va, vb, ab = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), \
+            (w * (a - ma) * (b - mb)).sum()
+        scores.append((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)
+                      / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4)))
+    assert abs(play.ssim(x, y)[0, 0] - np.mean(scores)) < 1e-4 < 1 - np.mean(scores)
+    assert abs(play.ssim(x, x)[0, 0] - 1) < 1e-5
+
+
+def test_frechet_distance_in_closed_form():
+    """Fails if the root is of the wrong matrix: N(0, 1) and N(3, 4) in one axis, N(0, 1) twice in
+    the other, are 9 + (1 + 4 - 4) + 0 = 10 apart."""
+    x = np.random.default_rng(0).normal(size=(4000, 2))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    assert abs(play.frechet(x, x)) < 1e-6
+    assert abs(play.frechet(x, x * (2, 1) + (3, 0)) - 10) < 1e-6
+    turned = x * (2, 1) @ np.array([[0, 1], [-1, 0]])
+    assert abs(play.frechet(x * (2, 1), turned) - 2) < 1e-6         # (4 + 1) * 2 - 2 (2 + 2)
+
+
+def test_forced_dreams_see_the_true_frames(monkeypatch):
+    """Fails if one-step dreams go on from what they imagined, or a free dream sees the truth."""
+    monkeypatch.setattr(Dream, "noise", lambda self, B, T: torch.zeros(B, T, 2, 6))
+    run = key_run()
+    z, _, labelled = play_inputs(2, 7)
+    actions = {k: torch.from_numpy(x) for k, x in
+               run.spec.actions.sample(np.random.default_rng(0), 2, 7).items()}
+    other = z.clone()
+    other[:, 4] += 2                                                # a later true frame
+    film = lambda z, forced: play.dream_clips(run, z, actions, labelled, 4, forced=forced).int()
+    free, forced = film(z, False), film(z, True)
+    assert torch.equal(free, film(other, False)) and torch.equal(free[:, :4], forced[:, :4])
+    assert torch.equal(forced[:, :5], film(other, True)[:, :5])
+    assert (forced[:, 5:] != film(other, True)[:, 5:]).any()
+    for t in (4, 6):                        # each equals a dream of one frame from the true past
+        one = play.dream_clips(run, z[:, :t + 1], {k: x[:, :t + 1] for k, x in actions.items()},
+                               labelled[:, :t + 1], 1)
+        assert (one[:, -1].int() - forced[:, t]).abs().max() <= 1
+
+
+def test_branches_of_a_world_leave_it_as_it_is():
+    """Fails if a fork starts a step early or late, shares state, or goes on after the end."""
+    spec, rng = PaintEnv().spec.actions, np.random.default_rng(0)
+    recorded, other = spec.sample(rng, 10), spec.sample(rng, 9)
+    same = {k: x[4:] for k, x in recorded.items()}
+    films = data.branch_off(PAINT, 3, recorded, [(3, same), (5, other), (3, other)])
+    env = PaintEnv()
+    env.reset(3)
+    truth = [env.step({k: x[t] for k, x in recorded.items()})[0] for t in range(1, 10)]
+    assert np.array_equal(films[0], truth[3:])
+    assert (films[1][:, 0, 1, 0] == other["categorical"][:, 0])[:7].all()
+    assert films[1][:, 0, 1, 2].tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12]   # seed 3 ends at 12
+    assert films[2][:, 0, 1, 2].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_interactions_are_judged_by_their_outcome(tmp_path):
+    """Fails if the real outcome does not pass, or the last frame shown passes for it."""
+    play.record_interactions("crafter", tmp_path, each=1, worlds=2)
+    dataset, reader = data.Dataset(tmp_path), data.CrafterReader()
+    kinds = dataset.settings["kinds"]
+    assert len(set(kinds)) == len(kinds) >= 6 and "walk_left" in kinds
+    for i, kind in enumerate(kinds):
+        rows = dataset.episode(i)
+        before, after = (at({k: rows[k] for k in rows if k.startswith("probe")}, t)
+                         for t in (15, len(rows["frames"]) - 1))
+        real, shown = rows["frames"][-1:], rows["frames"][15:16]
+        assert play.judge(reader, kind, real, real, before, after)[0], kind
+        stays = kind in ("stopped_by_water", "look_away_and_back")
+        if not stays:
+            assert not play.judge(reader, kind, shown, real, before, after)[0], kind
+
+
+def test_free_dreams_start_from_nothing():
+    """Fails if the first frame has an action or a past, or kept frames are the wrong ones."""
+    run = key_run()
+    actions = {k: torch.from_numpy(x) for k, x in
+               run.spec.actions.sample(np.random.default_rng(0), 3, 6).items()}
+    flipped = {k: x.flip(0) for k, x in actions.items()}
+    a, b = (play.dream_freely(run, 3, 6, None, x) for x in (actions, flipped))
+    assert a.shape == (3, 6, 2, 6) and torch.equal(a[:, 0], b[:, 0])
+    assert not torch.equal(a[:, 1], b[:, 1])
+    kept = play.dream_freely(run, 3, 6, None, actions, keep={1, 4})
+    assert torch.equal(kept, a[:, [1, 4]])
+    assert torch.equal(play.dream_freely(run, 3, 6, run), play.dream_freely(run, 3, 6, run))
+
+
+def test_frozen_matrices_change_nothing():
+    """Fails if holding the weights in bf16 gives other numbers than casting them in each call."""
+    model = tiny_dynamics()
+    z, actions, labelled = play_inputs()
+    tau, d = levels(2, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(z, tau, d, actions, labelled)[0]
+        after = freeze(copy.deepcopy(model), torch.device("cpu"), "bf16")(
+            z, tau, d, actions, labelled)[0]
+    assert torch.equal(before, after)
+    exact = model(z, tau, d, actions, labelled)[0]
+    assert not torch.equal(before, exact)                           # control: bf16 was at work
+
+
+def test_speed_is_of_the_same_dream_with_and_without_cache():
+    """Fails if a path of the benchmark breaks; speeds are printed, never judged."""
+    run = key_run()
+    for more in ({}, {"cached": False}, {"tokenizer": run.tokenizer}, {"k": 1}):
+        assert play.dream_rate(run.dynamics, 2, 4, torch.device("cpu"), "fp32", repeats=2,
+                               **more) > 0
+    assert run.dynamics.cfg.k == tiny_dynamics().cfg.k              # put back
 
 
 # -------------------------------------------------------------------------------------- train.py

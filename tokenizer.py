@@ -261,9 +261,10 @@ class TokenizerConfig:
     decoder_layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    latents: int = 16           # 512 bottleneck tokens
-    channels: int = 32          # 16 channels each
-    pack: int = 2               # 2: tokens merged into one for the dynamics
+    latents: int = 9            # 512 bottleneck tokens
+    channels: int = 64          # 16 channels each
+    pack: int = 1               # 2: tokens merged into one for the dynamics
+    local: bool = True          # False: latents have no patch of their own
     context: int = 6            # frames that a time layer sees
     time_every: int = 4         # 4
     dense: bool = False         # block-causal attention over all tokens instead of time layers
@@ -340,6 +341,9 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.patches = -(-cfg.height // cfg.patch) * -(-cfg.width // cfg.patch)
+        # not in the paper: where latents divide evenly among the patches, a latent starts from its
+        # patch's token and a patch query from its latents, so that there is no routing to learn
+        self.own = cfg.latents // self.patches * (cfg.local and cfg.latents % self.patches == 0)
         size = cfg.patch ** 2 * 3
         embedding = lambda *shape: nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
         self.patch_in = nn.Linear(size, cfg.dim)
@@ -363,15 +367,20 @@ class Tokenizer(nn.Module):
         tokens = self.patch_in(patchify(x, self.cfg.patch))
         if hidden is not None:
             tokens = torch.where(hidden[..., None], self.hidden_patch, tokens)
-        tokens = torch.cat([tokens + self.patch_position,
-                            self.latent_query.expand(B, T, -1, -1)], 2)
+        tokens, latents = tokens + self.patch_position, self.latent_query.expand(B, T, -1, -1)
+        if self.own:
+            latents = latents + tokens.repeat_interleave(self.own, 2)
+        tokens = torch.cat([tokens, latents], 2)
         tokens = self.encoder(tokens, self.encoder_mask(x.device), cache)
         return torch.tanh(self.latent_out(tokens[:, :, self.patches:]).float())
 
     def reconstruct(self, bottleneck, cache=None):
         """(B, T, latents, channels) -> scaled pixels (B, T, H, W, 3), fp32."""
         B, T = bottleneck.shape[:2]
-        tokens = torch.cat([self.latent_in(bottleneck), self.patch_query.expand(B, T, -1, -1)], 2)
+        latents, queries = self.latent_in(bottleneck), self.patch_query.expand(B, T, -1, -1)
+        if self.own:
+            queries = queries + latents.unflatten(2, (self.patches, self.own)).sum(3)
+        tokens = torch.cat([latents, queries], 2)
         tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
         patches = self.patch_out(tokens[:, :, self.cfg.latents:]).float()
         return unpatchify(patches, self.cfg.patch, self.cfg.height, self.cfg.width)

@@ -103,7 +103,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
     # the paper's sizes, as far as it gives them; never run, and no plan for the memory it takes
     "paper": {"tokenizer.patch": 16, "tokenizer.dim": 1024, "tokenizer.encoder_layers": 16,
               "tokenizer.decoder_layers": 16, "tokenizer.heads": 16, "tokenizer.kv_heads": 16,
-              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.context": 48,
+              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.pack": 2,
+              "tokenizer.context": 48, "tokenizer.local": False,
               "tokenizer.mae_max": 0.9, "tokenizer.lpips": 0.2, "dynamics.dim": 1920,
               "dynamics.layers": 32, "dynamics.heads": 30, "dynamics.kv_heads": 6,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
@@ -301,21 +302,18 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
         module.eval()
 
 
-def compile_blocks(job, *modules):
-    """torch.compile of the blocks, faster on CPU too once compiled. It needs a C++ compiler;
+def compile_module(module, device):
+    """torch.compile of a module's blocks, faster on CPU too once compiled. It needs a C++ compiler;
     without one the blocks run as they are."""
-    if not job.train.compile:
-        return
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=job.device))
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:          # whatever is missing, training goes on without
         print(f"torch.compile doesn't work here ({type(error).__name__}): training is slower.")
         return
     torch._dynamo.config.recompile_limit = 64
-    for module in modules:
-        for block in module.modules():
-            if isinstance(block, Block):
-                block.compiled = torch.compile(block.forward, dynamic=False)
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compiled = torch.compile(block.forward, dynamic=False)
 
 
 # -------------------------------------------------------------------------------------- stages
@@ -335,7 +333,8 @@ def train_tokenizer(job):
     job.configs["tokenizer"].update(height=spec.height, width=spec.width)
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
-    compile_blocks(job, tokenizer)
+    if job.train.compile:
+        compile_module(tokenizer, job.device)
 
     def frames(rng, relevant):
         half = cfg.tokenizer_batch // 2         # relevant windows show the rare things more often
@@ -430,7 +429,8 @@ def train_dynamics(job):
     job.configs["dynamics"].update(tokens=tok.latents // tok.pack, channels=tok.channels * tok.pack,
                                    tasks=len(spec.tasks))
     dynamics = Dynamics(DynamicsConfig(**job.configs["dynamics"]), spec.actions).to(job.device)
-    compile_blocks(job, dynamics)
+    if job.train.compile:
+        compile_module(dynamics, job.device)
     cfg = job.train
 
     def loss_fn(rng, generator, step):
@@ -454,7 +454,8 @@ def train_agent(job):
     job.configs.update({k: run.meta["config"][k] for k in ("tokenizer", "dynamics")})
     agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim,
                   run.spec.actions).to(job.device)
-    compile_blocks(job, dynamics)
+    if job.train.compile:
+        compile_module(dynamics, job.device)
     cfg = job.train
 
     def loss_fn(rng, generator, step):
