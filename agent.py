@@ -348,6 +348,10 @@ class Run:
     agent: Agent = None
     meta: dict = None
 
+    @property
+    def device(self):
+        return self.tokenizer.latent_std.device
+
 
 def load_run(path, stage=None, device="cpu", dtype=None):
     """Reads runs/NAME (its latest stage, or the one named) or a checkpoint file, in eval mode.

@@ -247,14 +247,17 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
     the last frame repeated, the tokenizer's reconstruction, and, with `simulator`, the true game
     under the shuffled actions. picture: path of a chart of them.
     """
-    device = run.tokenizer.latent_std.device
+    device = run.device
     horizon = min(horizon, max(dataset.lengths) - context)
     clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
     frames, labelled, where = clips["frames"], clips["labelled"], clips["where"]
     n, entries = len(frames), {}
     interval = functools.partial(bootstrap, block=per_episode)
     probes = read_probes(dataset, *where, context + horizon)
-    reader = make_env(dataset.spec.name).reader() if probes else None
+    reader = reader_of(dataset)
+    if reader and not probes:
+        print(f"{dataset.path} holds no symbols to compare with: delete it to record it anew.")
+        reader = None
     with autocast(device, dtype):
         z = torch.cat([run.tokenizer.encode(x) for x in frames.split(16)])
         recon = torch.cat([run.tokenizer.decode(x) for x in z.split(16)])
@@ -304,11 +307,52 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
     return entries
 
 
+def reader_of(dataset):
+    """Reads symbols off pictures of the environment that was recorded; None where it has none."""
+    env = make_env(dataset.settings["env"]) if "env" in dataset.settings else None
+    return env.reader() if hasattr(env, "reader") else None
+
+
 def read_probes(dataset, episode, start, length):
     """Ground truth of windows, dict of (n, length, ...), {} where none was recorded."""
     rows = dataset.rows(int(episode[0])).dtype.names
     names = ("probe_semantic", "probe_inventory", "probe_player")
     return dataset.read(episode, start, length, names) if set(names) <= set(rows) else {}
+
+
+def in_cave(semantic):
+    """probe_semantic (..., 9, 7) -> bool (...): more than half is rock, ore, lava or path."""
+    return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
+
+
+@torch.no_grad()
+def evaluate_labels(runs, dataset, dtype="auto", per_episode=4, context=16, horizon=16):
+    """The paper's Figure 7: dreams of `horizon` frames by {name: run}, among them "none" and "all"
+    -> PSNR and SSIM of each as a share of the way from "none" to "all", on all clips and on those
+    that end in caves."""
+    device = runs["all"].device
+    clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
+    real, where = clips["frames"][:, context:], clips["where"]
+    cave = in_cave(read_probes(dataset, *where, context + horizon)["probe_semantic"][:, -1])
+    scores, entries = {}, {}
+    for name, run in runs.items():
+        with autocast(device, dtype):
+            z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"].split(16)])
+            film = dream_clips(run, z, actions, clips["labelled"], horizon)[:, context:]
+        scores[name] = squared_error(film, real).mean(1), ssim(film, real).mean(1)
+    share = lambda x, none, full: (x - none) / (full - none)
+    kinds = {"psnr": (0, decibel), "ssim": (1, np.mean)}
+    for place, rows in (("", np.ones(len(cave), bool)), ("_caves", cave)):
+        for name in runs:
+            for measure, (i, mean) in kinds.items():
+                x, none, full = (scores[run][i][rows] for run in (name, "none", "all"))
+                n, unit = int(rows.sum()), "dB" if measure == "psnr" else "ssim"
+                key = f"labels_{name}{place}_{measure}"
+                entries[key] = *bootstrap(mean, x), n, unit
+                if name not in ("none", "all"):
+                    entries[f"{key}_share"] = *bootstrap(
+                        lambda *s, mean=mean: share(*map(mean, s)), x, none, full), n, "share"
+    return entries
 
 
 def symbol_entries(reader, shown, probes, context, interval):
@@ -345,7 +389,7 @@ def play_on(dataset, episode, start, context, actions):
     jobs, keys = [], list(actions)
     for i in np.unique(episode):
         rows, recorded = np.flatnonzero(episode == i), dataset.episode(i)
-        jobs.append((dataset.spec.name, dataset.settings["seed"] + int(i),
+        jobs.append((dataset.settings["env"], dataset.settings["seed"] + int(i),
                      {k: np.array(recorded[k]) for k in keys},
                      [(int(start[r]) + context - 1,
                        {k: actions[k][r, context:].cpu().numpy() for k in keys}) for r in rows]))
@@ -468,7 +512,8 @@ def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=IN
                                   np.zeros((len(frames), len(env.spec.tasks))),
                                   np.ones(len(frames)), None, turn(probes))
                     kinds.append(kind), here.update([kind])
-    finish_dataset(path, env.spec, {"kinds": kinds, "context": context, "seed": seed})
+    finish_dataset(path, env.spec, {"env": env_name, "kinds": kinds, "context": context,
+                                    "seed": seed})
 
 
 def judge(reader, kind, dreamed, real, before, after):
@@ -495,8 +540,8 @@ def judge(reader, kind, dreamed, real, before, after):
 @torch.no_grad()
 def evaluate_interactions(run, dataset, dtype="auto", picture=None):
     """Share of contexts in which the dream shows what the script does in the real game, by kind."""
-    device, context = run.tokenizer.latent_std.device, dataset.settings["context"]
-    reader, kinds = make_env(dataset.spec.name).reader(), np.array(dataset.settings["kinds"])
+    device, context = run.device, dataset.settings["context"]
+    reader, kinds = reader_of(dataset), np.array(dataset.settings["kinds"])
     entries, strips, passed = {}, [], {}
     for kind in sorted(set(kinds)):
         rows = np.flatnonzero(kinds == kind)
@@ -538,7 +583,7 @@ def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0,
     actions, labelled. The actions are `actions` (n, length, .), or sampled by the BC policy of the
     run `actor`, which looks at the same latents: so one policy can drive several world models.
     """
-    device = run.tokenizer.latent_std.device
+    device = run.device
     generator = torch.Generator(device).manual_seed(seed)
     dream, eyes, frames, h = Dream(run.dynamics, generator), None, [], None
     none = {k: torch.from_numpy(x).to(device) for k, x in run.spec.actions.zeros(n, 1).items()}
@@ -594,7 +639,7 @@ def frechet(real, fake):
 def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=16, dtype="auto"):
     """The paper's Figure 8: videos from nothing for each K, the Frechet distance of 64 principal
     components of random3d to real windows, and the share of cells that show a legal texture."""
-    device, entries = run.tokenizer.latent_std.device, {}
+    device, entries = run.device, {}
     episode, start, _ = dataset.sample(rng_for(0, "frechet", 0), 2 * n, length, split="all")
     real = random_features(torch.from_numpy(dataset.read(episode, start, length,
                                                          ["frames"])["frames"]))
@@ -603,7 +648,7 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
     project = lambda x: (x - center) / scale @ axes
     real = project(real)
     entries["frechet_real"] = frechet(real[:n], real[n:]), None, None, n, "distance"
-    reader, k_of_run = make_env(dataset.spec.name).reader(), run.dynamics.cfg.k
+    reader, k_of_run = reader_of(dataset), run.dynamics.cfg.k
     for k in ks:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k)
         frames = []
@@ -616,9 +661,10 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
         draws = [frechet(real[:n], fake[rng.integers(n, size=n)]) for _ in range(100)]
         entries[f"frechet_k{k}"] = (frechet(real[:n], fake),
                                     *map(float, np.percentile(draws, [2.5, 97.5])), n, "distance")
-        some = frames[:: max(1, n // 256), -1]
-        legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
-        entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
+        if reader:
+            some = frames[:: max(1, n // 256), -1]
+            legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
+            entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
     run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k_of_run)
     return entries
 
@@ -627,7 +673,7 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
 def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None):
     """Dreams of `length` frames from one context of each reference episode, with recorded actions
     (of the next episode, over and over): share of legal cells, every 50 frames."""
-    device, reader = run.tokenizer.latent_std.device, make_env(dataset.spec.name).reader()
+    device, reader = run.device, reader_of(dataset)
     clips, actions = reference_clips(dataset, 1, max(64, context), device)
     n, moments = len(clips["frames"]), np.arange(50, length + 1, 50) - 1
     tiled = {k: x.roll(1, 0)[:, 1:].repeat(1, length // 63 + 1, *[1] * (x.ndim - 2))[:, :length]
@@ -638,9 +684,10 @@ def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None)
         z = dream_freely(run, n, length, None, tiled, (
             z, {k: x[:, :context] for k, x in actions.items()}, clips["labelled"][:, :context]),
             keep=keep)
-        frames = run.tokenizer.decode(z).cpu().numpy()      # of kept frames: no past to lean on
+        frames = run.tokenizer.decode(z.flatten(0, 1)[:, None])     # each by itself: far apart
+    frames = frames.cpu().numpy().reshape(n, len(keep), *frames.shape[2:])
     entries, times = {}, sorted(keep)
-    for t in moments:
+    for t in moments if reader else ():
         legal = (reader.read(frames[:, times.index(t)])[2] < reader.LEGAL).mean((1, 2))
         entries[f"legal_long_{t + 1}"] = *mean_interval(legal), n, "share"
     if film:
@@ -703,7 +750,7 @@ def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, cached=
 @torch.no_grad()
 def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
-    device, cfg, spec = run.tokenizer.latent_std.device, run.dynamics.cfg, run.spec.actions
+    device, cfg, spec = run.device, run.dynamics.cfg, run.spec.actions
     entry = lambda value, n: (value, None, None, n, "frames/s")
     entries = {"dream_fps_batch1": entry(dream_rate(
         run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
@@ -849,7 +896,7 @@ class Actor:
     def __init__(self, run, task, generator):
         self.run, self.generator = run, generator
         self.dream, self.encoder = Dream(run.dynamics, generator), run.tokenizer.new_cache()
-        self.device = run.tokenizer.latent_std.device
+        self.device = run.device
         self.task, self.history = torch.as_tensor(task, device=self.device), []
 
     @torch.no_grad()
@@ -898,7 +945,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
         frames, spec, N = worlds.reset(), worlds.spec, len(seeds)
         ladder, first, film = Ladder(spec, N), np.full((N, len(spec.tasks)), np.inf), [frames[0]]
         if run:
-            device = run.tokenizer.latent_std.device
+            device = run.device
             actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed))
         with autocast(device, dtype):
             if run:
@@ -1005,7 +1052,7 @@ def border(frames, color, width=3):
 def dream_film(run, dataset, rows=4, context=16, horizon=32, dtype="auto", seed=0):
     """uint8 (T, H', W', 3): for each clip imagined (left) and real (right). The left border is
     green while the model is shown real frames and orange from where it imagines."""
-    device = run.tokenizer.latent_std.device
+    device = run.device
     horizon = min(horizon, max(dataset.lengths) - context)
     clips, actions = reference_clips(dataset, 1, context + horizon, device)
     pick = torch.linspace(0, len(clips["frames"]) - 1, rows).long()
@@ -1023,7 +1070,7 @@ def dream_film(run, dataset, rows=4, context=16, horizon=32, dtype="auto", seed=
 @torch.no_grad()
 def picture_reconstructions(run, dataset, path, n=8, dtype="auto"):
     """Real frames above, reconstructions below."""
-    device = run.tokenizer.latent_std.device
+    device = run.device
     clips, _ = reference_clips(dataset, 1, min(16, min(dataset.lengths)), device)
     frames = clips["frames"][torch.linspace(0, len(clips["frames"]) - 1, n).long()]
     with autocast(device, dtype):
@@ -1150,12 +1197,15 @@ def write_report(folder):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("eval", "world", "bench", "dream", "report"))
+    parser.add_argument("command",
+                        choices=("eval", "world", "labels", "bench", "dream", "report"))
     parser.add_argument("--run", default="runs/crafter", help="folder of a training run")
     parser.add_argument("--agents", default="random,bc,rl,player", help="eval: which agents")
     parser.add_argument("--episodes", type=int, default=200, help="eval: episodes of each policy")
     parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
+    parser.add_argument("--with", dest="others", default="", metavar="NAME=RUN,...",
+                        help="labels: runs with other shares of labels, among them none=...")
     parser.add_argument("--parts", default="rollouts,interactions,sampling,long",
                         help="world: which measures")
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
@@ -1195,6 +1245,9 @@ def evaluate_world_more(args, command):
                         "and long.")
     if run.dynamics is None:
         raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
+    if "interactions" in parts and not hasattr(make_env(settings["env"]), "reader"):
+        raise UserError(f"Got --parts {args.parts}, need it without interactions: they are "
+                        f"scripted for crafter, not for {settings['env']}.")
     measures = {
         "rollouts": lambda: evaluate_world(run, dataset, args.dtype, simulator=True,
                                            picture=folder / "rollouts.png"),
@@ -1228,6 +1281,17 @@ def main():
         print(results_table(read_results(folder)))
     elif args.command == "world":
         evaluate_world_more(args, "python play.py " + " ".join(sys.argv[1:]))
+        print(results_table(read_results(folder)))
+    elif args.command == "labels":
+        device, settings = pick_device(args.device), data_config(folder)
+        run, dataset = open_run(args, settings, device)
+        others = dict(pair.split("=", 1) for pair in args.others.split(",") if "=" in pair)
+        if "none" not in others:
+            raise UserError(f"Got --with {args.others!r}, need none=RUN,NAME=RUN,...: the run "
+                            "without labels and those in between; --run is the one with all.")
+        runs = {"all": run} | {k: load_run(r, None, device, args.dtype) for k, r in others.items()}
+        add_results(folder, "python play.py " + " ".join(sys.argv[1:]),
+                    evaluate_labels(runs, dataset, args.dtype))
         print(results_table(read_results(folder)))
     elif args.command == "bench":
         entries = bench(pick_device(args.device), args.dtype)

@@ -1454,6 +1454,46 @@ def test_interactions_are_judged_by_their_outcome(tmp_path):
             assert not play.judge(reader, kind, shown, real, before, after)[0], kind
 
 
+def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
+    """Fails if the share counts frames, caves are not caves, or the batch ignores it."""
+    job = train.Job(None, None, train.DataConfig(labels=0.2), None, {}, torch.device("cpu"), paint)
+    assert job.known.sum() == paint.offsets[5] and job.known[:paint.offsets[5]].all()
+    latents = np.zeros((paint.frames_total, 1, 1), np.float32)
+    batch, _ = train.latent_batch(job, latents, np.random.default_rng(0), 64, 0, 5)
+    assert 0.05 < batch["labelled"].float().mean() < 0.35
+    dataset = data.record("crafter", tmp_path, 1, 250, 3, skill="skilled")
+    known = train.known_actions(replace(job, data=train.DataConfig(labels_above=True),
+                                        dataset=dataset))
+    cells = dataset.episode(0)["probe_semantic"]
+    assert 0 < known.sum() < len(known)
+    for t in range(len(known)):
+        rock = sum((cells[t] == i).mean() for i in (3, 4, 7, 8, 9, 10))
+        assert known[t] == (rock <= 0.5)
+
+
+def test_label_shares_lie_between_none_and_all(monkeypatch):
+    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1."""
+    shown = {"none": 90, "half": 120, "all": 150}
+    monkeypatch.setattr(play, "dream_clips", lambda run, z, *rest: torch.full(
+        (8, 32, 72, 72, 3), shown[run.stage], dtype=torch.uint8))
+    clips = {"frames": torch.full((8, 32, 72, 72, 3), 160, dtype=torch.uint8), "labelled": None,
+             "where": (np.zeros(8, int), np.zeros(8, int))}
+    clips["frames"][:4] += 5
+    monkeypatch.setattr(play, "reference_clips", lambda *rest: (clips, {}))
+    cells = np.full((8, 32, 9, 7), 2)
+    cells[4:] = 4
+    monkeypatch.setattr(play, "read_probes", lambda *rest: {"probe_semantic": cells})
+    tokenizer = Tokenizer(TokenizerConfig(dim=16))
+    runs = {name: Run(None, name, None, tokenizer) for name in shown}
+    entries = play.evaluate_labels(runs, None, "fp32")
+    assert entries["labels_none_psnr"][0] < entries["labels_half_psnr"][0]
+    p = {name: -10 * math.log10(np.mean([(v - 165) ** 2, (v - 160) ** 2]) / 255 ** 2)
+         for name, v in shown.items()}
+    share = (p["half"] - p["none"]) / (p["all"] - p["none"])
+    assert abs(entries["labels_half_psnr_share"][0] - share) < 1e-5
+    assert entries["labels_half_caves_psnr_share"][3] == 4
+
+
 def test_free_dreams_start_from_nothing():
     """Fails if the first frame has an action or a past, or kept frames are the wrong ones."""
     run = key_run()

@@ -9,6 +9,7 @@ metrics.jsonl, pictures, results.json, report.md. A step's randomness is (seed, 
 import argparse
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -40,9 +41,16 @@ class DataConfig:
     length: int = 300
     seed: int = 0
     workers: int = 0            # 0: one process per core
+    labels: float = 1.0         # share of the episodes, in order, whose actions are known (Fig. 7)
+    labels_above: bool = False  # only the actions above ground are known (its Overworld split)
     reference_episodes: int = 40
     eval_episodes: int = 100
     eval_length: int = 500
+
+
+    def __post_init__(self):
+        if not 0 <= self.labels <= 1:
+            raise UserError(f"Got data.labels {self.labels}, need a share in [0, 1].")
 
 
 @dataclass
@@ -69,6 +77,7 @@ class TrainConfig:
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
     log_every: int = 25
+    check_every: int = 250      # dynamics steps between looks at dreams
     save_every: int = 250
 
     def __post_init__(self):
@@ -166,6 +175,10 @@ class Job:
     configs: dict
     device: torch.device
     dataset: Dataset
+
+    @functools.cached_property
+    def known(self):
+        return known_actions(self)
 
     def to_device(self, array):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -390,6 +403,19 @@ def cached_latents(job, tokenizer):
     return latents
 
 
+def known_actions(job):
+    """(frames,) bool: whose action the dynamics may see (Section 4.4, unlabelled video)."""
+    data, cfg = job.dataset, job.data
+    known = np.arange(data.frames_total) < data.offsets[round(cfg.labels * len(data.lengths))]
+    if cfg.labels_above:
+        probes = [play.read_probes(data, [i], [0], n) for i, n in enumerate(data.lengths)]
+        if not all(probes):
+            raise UserError(f"Got recordings in {data.path} without probes, need them to tell "
+                            "caves from land: record them again.")
+        known &= ~np.concatenate([play.in_cave(p["probe_semantic"][0]) for p in probes])
+    return known
+
+
 def latent_batch(job, latents, rng, uniform, relevant, length):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done ->
     dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
@@ -402,7 +428,8 @@ def latent_batch(job, latents, rng, uniform, relevant, length):
     rewards = (read["events"][np.arange(len(task)), :, task] if job.dataset.spec.tasks
                else np.zeros(index.shape))
     batch = {"z": latents[index].astype(np.float32), "rewards": rewards.astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1), "labelled": read["labelled"],
+             "task": np.repeat(task[:, None], length, 1),
+             "labelled": read["labelled"] & job.known[index],
              "continues": read["continues"].astype(np.float32)}
     return ({k: job.to_device(x) for k, x in batch.items()},
             {k: job.to_device(read[k]) for k in ("binary", "categorical", "continuous")})
@@ -419,6 +446,25 @@ def window(cfg, step, steps):
 def draw_single(rows, total, share, rng, job):
     """(total,) bool: which of the first `rows` are trained as separate images."""
     return job.to_device((rng.random(total) < share) & (np.arange(total) < rows))
+
+
+@torch.no_grad()
+def rollout_check(job, run, n=16, context=16, horizon=4):
+    """A light look at dreams while training: PSNR `horizon` frames ahead on validation clips, with
+    true actions and minus that with shuffled ones (same noise). {} where episodes are too short."""
+    data = job.dataset
+    if data.lengths[data.episodes("valid")].max() < context + horizon:
+        return {}
+    episode, start, _ = data.sample(rng_for(job.args.seed, "check", 0), n, context + horizon,
+                                    split="valid")
+    clips, actions = play.to_tensors(data.read(episode, start, context + horizon), job.device)
+    with autocast(job.device, job.args.dtype):
+        z = run.tokenizer.encode(clips["frames"])
+        psnr = [float(play.decibel(play.squared_error(play.dream_clips(
+            run, z, a, clips["labelled"], horizon)[:, -1:], clips["frames"][:, -1:]))[0])
+            for a in (actions, {k: x.roll(1, 0) for k, x in actions.items()})]
+    return {f"rollout_psnr_h{horizon}": torch.tensor(psnr[0]),
+            f"rollout_minus_shuffled_h{horizon}": torch.tensor(psnr[0] - psnr[1])}
 
 
 def train_dynamics(job):
@@ -440,6 +486,8 @@ def train_dynamics(job):
         losses, _, metrics = dynamics_losses(dynamics, batch["z"], actions, batch["labelled"],
                                              round(dynamics.cfg.p_boot * rows), generator,
                                              single=single)
+        if (step + 1) % cfg.check_every == 0:
+            metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
         return losses, metrics
 
     fit(job, "dynamics", [dynamics], loss_fn, ["dynamics"],
