@@ -325,11 +325,11 @@ def autocast(device, dtype="auto"):
 
 
 def freeze(module, device, dtype="auto"):
-    """For use without training: no gradients, and the transformers' matrices held in the dtype
+    """For use without training: no gradients, and the matrices of linear layers held in the dtype
     that autocast would cast them to anew in every call."""
     module.to(device).eval().requires_grad_(False)
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and "blocks." in name:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
             layer.to(DTYPES[pick_dtype(device, dtype)])
     return module
 

@@ -216,8 +216,10 @@ class Transformer(nn.Module):
                 wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
                 masks["dense"] = masks["dense"] & wide
         for i, block in enumerate(self.blocks):
-            run = block.compiled if block.compiled and cache is None else block
-            x = run(x, angles[block.kind], masks[block.kind], cache, i)
+            if cache is None or block.kind == "space":      # nothing to remember
+                x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
+            else:
+                x = block(x, angles[block.kind], masks[block.kind], cache, i)
         return self.norm(x)
 
 
