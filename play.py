@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agent import autocast, imagine_rollout, load_run, pick_device, sample_action, split_logits
+from agent import (DTYPES, autocast, imagine_rollout, load_run, pick_device, pick_dtype,
+                   sample_action, split_logits)
 from data import (Dataset, UserError, VecEnv, controls, copy_env, finish_dataset, make_env,
                   play_episode, record, run_cli, write_episode)
 from dynamics import Dream
@@ -827,7 +828,12 @@ def open_server(session, port):
 
 def open_session(args):
     device, env = pick_device(args.device), make_env(data_config(args.run)["env"])
-    return Session(load_run(args.run, None, device), env, args.run, args.dtype)
+    run = load_run(args.run, None, device)
+    for part in (run.tokenizer, run.dynamics, run.agent):
+        for module in part.modules() if part else ():
+            if isinstance(module, torch.nn.Linear):     # as autocast would at every call
+                module.to(DTYPES[pick_dtype(device, args.dtype)])
+    return Session(run, env, args.run, args.dtype)
 
 
 def serve(args):
@@ -851,10 +857,10 @@ def film_actions(args):
     for word in args.actions.split():
         held = [i for i, key in enumerate(session.keys)
                 if word == key["label"] or key["label"].split("_")[-1] == word]
-        if not held:
+        if len(held) != 1:
             raise UserError(f"Got action {word!r}, need one of "
                             f"{', '.join(key['label'] for key in session.keys)}.")
-        session.handle({"op": "step", "held": held[:1]})
+        session.handle({"op": "step", "held": held})
     return np.stack(session.film)
 
 
