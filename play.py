@@ -785,9 +785,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(411)
         if int(length) > MAX_BODY:
             return self.send_error(413, f"Need at most {MAX_BODY} bytes.")
+        body = self.rfile.read(int(length))
         try:
-            request = json.loads(self.rfile.read(int(length)))
-            reply = self.server.pool.submit(self.server.session.handle, request).result()
+            reply = self.server.pool.submit(self.server.session.handle, json.loads(body)).result()
         except (ValueError, RecursionError) as error:           # bad JSON; UserError
             return self.send_error(400, str(error))
         except Exception as error:
