@@ -1508,13 +1508,20 @@ def test_futures_share_noise_and_leave_the_dream_alone():
         dream = Dream(model, torch.Generator().manual_seed(0))
         dream.commit(z, actions, labelled)
         for _ in range(tries):
-            ahead = dream.futures(3)
-            for _ in range(6):                                      # past the context of 4
-                futures, _ = ahead.step(two)
+            for n in (1, 3):
+                ahead = dream.futures(n)
+                for _ in range(6):                                  # past the context of 4
+                    futures, _ = ahead.step({k: x[:n] for k, x in two.items()})
         ends.append(dream.step({k: x[:, :1] for k, x in actions.items()})[0])
     assert torch.equal(*ends)
     assert torch.allclose(futures[0], futures[2], atol=1e-5)        # the same action
     assert (futures[0] - futures[1]).abs().max() > 1e-2
+    rows = [x.expand(3, -1, -1, -1) for x in play_inputs(1, 1, seed=1)[:1]]
+    forked = model(*rows, *levels(3, 1), two, labelled[:, :1].expand(3, -1),
+                   cache=dream.cache.fork(3))[0]                    # sees what the dream has seen
+    alone = model(rows[0][:1], *levels(1, 1), {k: x[:1] for k, x in two.items()}, labelled[:, :1],
+                  cache=dream.cache)[0]
+    assert torch.allclose(forked[:1], alone, atol=1e-5)
 
 
 def test_trace_ends_at_the_frame_that_is_dreamed():
