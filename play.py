@@ -631,6 +631,7 @@ class Session:
             h = self.reader.commit(many(z), {k: many(x) for k, x in actions.items()},
                                    many(labelled), task.expand(-1, z.shape[1]))
             self.h = h[:, -1].view(len(self.worlds), self.n, -1)
+            self.rewards = self.run.agent.rewards(self.h).cpu().numpy()     # (worlds, n)
         return self.run.tokenizer.decode(z[:1], self.decoder)[0].cpu().numpy()
 
     def held(self, request):
@@ -667,7 +668,7 @@ class Session:
         z = torch.cat([z, self.z]) if len(chosen) == 2 else z
         picture = self.commit(z, actions, labelled)[0]
         if self.policies:               # in the dream an event is a reward that the model predicts
-            events[0, self.rung] = (self.run.agent.rewards(self.h[0]) > 0.5).cpu().numpy()
+            events[0, self.rung] = self.rewards[0] > 0.5
         self.rows["dream"] += [(picture, chosen[0], events[0], True)] * room
         self.shoot(picture, frame, ORANGE)
         self.ladder.advance(events)
@@ -676,15 +677,14 @@ class Session:
     def show(self):
         """What the page draws: pictures, and what the agent makes of them."""
         minds, agent = {}, self.run.agent
-        rewards = agent.rewards(self.h).tolist() if self.policies else ()
-        for w in range(len(rewards)):
+        for w, world in enumerate(self.worlds if self.policies else ()):
             prompt, logits = self.policy(w)
             binary, parts = split_logits(self.spec.actions, logits[0])
             p = torch.cat([*(x.softmax(-1) for x in parts[:1]), binary.sigmoid()]).tolist()
             h = self.h[w, prompt]
-            minds[WORLDS[w]] = {"prompt": prompt, "rewards": rewards[w], "policy": p,
-                                "value": agent.values(h).item(),
-                                "goes_on": agent.continue_prob(h).item()}
+            minds[world] = {"prompt": prompt, "rewards": self.rewards[w].tolist(), "policy": p,
+                            "value": agent.values(h).item(),
+                            "goes_on": agent.continue_prob(h).item()}
         pictures = {world: png(x) for world, x in zip(self.worlds, self.now, strict=True)}
         return {"t": self.t, "over": self.over, "minds": minds, "pictures": pictures}
 
