@@ -788,7 +788,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         try:
             reply = self.server.pool.submit(self.server.session.handle, json.loads(body)).result()
-        except (ValueError, RecursionError) as error:           # bad JSON; UserError
+        except (UserError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             return self.send_error(400, str(error))
         except Exception as error:
             print(f"error: {error!r}", file=sys.stderr)
@@ -801,9 +801,8 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, session, port):
-        self.session, self.pool = session, ThreadPoolExecutor(1)
-        self.page = (Path(__file__).parent / "assets" / "play.html").read_bytes()
+    def __init__(self, session, page, port):
+        self.session, self.page, self.pool = session, page, ThreadPoolExecutor(1)
         super().__init__(("127.0.0.1", port), Handler)
 
     def verify_request(self, request, client_address):
@@ -818,12 +817,13 @@ class Server(socketserver.ThreadingTCPServer):
 
 def open_server(session, port):
     """On this port of 127.0.0.1, or the next free one."""
-    for p in range(port, min(port + 100, 65536)):
+    page = (Path(__file__).parent / "assets" / "play.html").read_bytes()
+    for p in range(port, min(port + 100, 65536)) if port >= 0 else ():
         try:
-            return Server(session, p)
+            return Server(session, page, p)
         except OSError:
             continue
-    raise UserError(f"Got --port {port}, need a free one of {port} to {port + 99}: try another.")
+    raise UserError(f"Got --port {port}, need a free one there or up to 99 above: try another.")
 
 
 def open_session(args):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -1421,7 +1422,7 @@ def test_readme_commands_parse():
     lines = [*re.findall("`([^`\n]+)`", text), *(x for x in text.splitlines() if "`" not in x)]
     commands = [part for line in lines for part in line.split("&&") if "python" in part]
     seen = 0
-    for words in (c.split("#")[0].split() for c in commands):
+    for words in (shlex.split(c.split("#")[0]) for c in commands):
         if "--help" in words:
             continue
         if "train.py" in words:
@@ -1661,7 +1662,7 @@ def test_copied_environments_go_their_own_way(crafter):
 
 
 def test_saved_sessions_are_a_film_and_datasets(tmp_path):
-    """Fails if rows are shifted, a second session overwrites the first, or the film lacks frames."""
+    """Fails if rows are shifted, the second session overwrites the first, or frames are lost."""
     session = game(tmp_path)
     for i in range(2):
         for j in keys(session, "action 4", "action 1"):
@@ -1685,7 +1686,6 @@ def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
                         sessions[-1])
     words = ["play.py", "dream", "--out", str(tmp_path / "x.gif"), "--run", "runs/none",
              "--actions", "3 action_4"]
-    monkeypatch.setattr(data, "controls", data.controls)
     names = ("noop", "action_1", "action_2", "move_3", "action_4")
     monkeypatch.setattr(KeyEnv, "__init__", lambda self: (PaintEnv.__init__(self), setattr(
         self, "spec", replace(self.spec, actions=ActionSpec(2, (5,)), action_names=names)))[0])
@@ -1796,7 +1796,8 @@ def malformed(rng, i):
         (b"{}", "POST", "/play", [{"Content_Length": 10 ** 8}, {"Content_Length": -1},
                                   {"Content_Length": "9" * 5000}, {"Content_Length": ""},
                                   {"Transfer_Encoding": "chunked"}, {"X": "y" * 70_000},
-                                  {"Content_Type": "text/plain"}][i // 8 % 7], {411, 413, 415, 431}),
+                                  {"Content_Type": "text/plain"}][i // 8 % 7],
+         {411, 413, 415, 431}),
         (b"{}", "POST", "/play", [{"Host": "evil.example"}, {"Origin": "http://evil.example"},
                                   {"Host": "a\x00b"}, {"Host": "\xff"}][i // 8 % 4], {403}),
         (junk, "\x00\xff GET", "/", {}, {400, 405}),
@@ -1838,7 +1839,7 @@ def test_a_bug_is_one_line_and_the_server_goes_on(server, monkeypatch, capfd):
 
 @pytest.fixture
 def chromium():
-    sync = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    sync = pytest.importorskip("playwright.sync_api", reason="no browser: pip install playwright")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
     with sync.sync_playwright() as playwright:
@@ -1852,7 +1853,7 @@ def chromium():
 
 @pytest.mark.slow
 def test_game_in_a_real_browser(chromium, server, tmp_path):
-    """Fails if a person can't play: keys, policy, K, what-if, denoising, masks, pause, recording."""
+    """Fails if a person can't play: keys, policies, K, what-if, denoising, masks, recording."""
     page, errors = chromium.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
