@@ -101,7 +101,8 @@ def make_env(name):
 
     It has: spec; reset(seed) -> frame uint8 (H, W, 3);
     step(action dict) -> (frame, events bool (n_tasks,), terminal bool).
-    It may have: probe() -> dict of uint8 arrays, ground truth for evaluation only;
+    It may have: keys, {key of the browser game: action name};
+    probe() -> dict of uint8 arrays, ground truth for evaluation only;
     reader() -> object that reads such symbols off pictures, see CrafterReader;
     player(rng, skill) -> object whose act() gives the action to record (else: random play).
     """
@@ -111,6 +112,31 @@ def make_env(name):
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"got environment {name!r} ({error}); need 'crafter' or an importable "
                         "'module:Class'; do: check the name, pip install what is missing")
+
+
+def controls(env):
+    """What a person can press: dicts of label, key, part, index, value. Without `keys` an action
+    gets an arrow by its name, or the next free letter."""
+    spec, keys = env.spec, {name: key for key, name in getattr(env, "keys", {}).items()}
+    sizes = spec.actions.categorical[:1]
+    names = spec.action_names or [f"action {i}" for i in range(sum(sizes))]
+    found = [(name, "categorical", 0, i) for i, name in enumerate(names)]
+    found += [(f"key {i}", "binary", i, 1) for i in range(spec.actions.binary)]
+    free = iter("1234567890qertyuiopfghjklzxcvbnm" if not keys else "")
+    for name, *_ in found:
+        arrow = [f"Arrow{x}" for x in ("Left", "Right", "Up", "Down") if x.lower() in name]
+        if name not in keys and name != "noop":
+            keys[name] = arrow[0] if arrow and arrow[0] not in keys.values() else next(free, "")
+    return [{"label": name, "key": keys.get(name, ""), "part": part, "index": index, "value": value}
+            for name, part, index, value in found]
+
+
+def copy_env(env):
+    """A copy of an environment to try things in; None where it can't be copied."""
+    try:
+        return copy.deepcopy(env, {id(m): m for m in list(sys.modules.values())})
+    except Exception:                                         # processes, sockets, windows, ...
+        return None
 
 
 class InsertionSet(dict):
@@ -127,6 +153,11 @@ class Crafter:
 
     Terminal is death only; there is no time limit.
     """
+    keys = {"ArrowUp": "move_up", "ArrowLeft": "move_left", "ArrowDown": "move_down",
+            "ArrowRight": "move_right", " ": "do", "z": "sleep", "r": "place_stone",
+            "t": "place_table", "f": "place_furnace", "p": "place_plant", "1": "make_wood_pickaxe",
+            "2": "make_stone_pickaxe", "3": "make_iron_pickaxe", "4": "make_wood_sword",
+            "5": "make_stone_sword", "6": "make_iron_sword"}
 
     def __init__(self):
         names = importlib.import_module("crafter").constants
@@ -798,7 +829,10 @@ def branch_off(name, seed, actions, branches):
         if t:
             frame = env.step({k: x[t] for k, x in actions.items()})[0]
         for i in (i for i, (point, _) in enumerate(branches) if point == t):
-            fork, film, terminal = copy.deepcopy(env), [frame], False
+            fork, film, terminal = copy_env(env), [frame], False
+            if fork is None:
+                raise UserError(f"got {name}, which can't be copied; need that to try other "
+                                "actions in it; do: leave this measure out")
             for action in zip(*branches[i][1].values(), strict=True):
                 if not terminal:
                     frame_there, _, terminal = fork.step(dict(zip(actions, action, strict=True)))

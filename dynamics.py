@@ -305,3 +305,20 @@ class Dream:
                               device=self.model.agent_token.device)
         z = self.imagine(actions, labelled, task)
         return z, self.commit(z, actions, labelled, task)
+
+    def futures(self, n):
+        """n copies of a dream of one row, under the same noise: they differ by their actions alone
+        (the paper's counterfactuals), and the dream itself stays as it is."""
+        generator = torch.Generator(self.model.agent_token.device).manual_seed(0)
+        copies = Dream(self.model, generator, self.cache.fork(n))
+        copies.noise = lambda B, T: Dream.noise(copies, 1, T).expand(B, -1, -1, -1)
+        return copies
+
+    def trace(self, actions):
+        """The K steps of the next frame: K pairs of (z_tilde, z1_hat), each (1, 1, S_z, Z)."""
+        steps = []
+        labelled = torch.ones(1, 1, dtype=torch.bool, device=self.model.agent_token.device)
+        watch = lambda module, inputs, output: steps.append((inputs[0], output[0]))
+        with self.model.register_forward_hook(watch):
+            self.imagine(actions, labelled)
+        return steps

@@ -1,5 +1,6 @@
 """Look at what was learned: dreams, evaluation in the real environment, figures and the report.
 
+    python play.py --run runs/crafter            a game in the browser: dream beside reality
     python play.py eval --run runs/crafter       world model and agents, into results.json
     python play.py world --run runs/crafter      more on the world model: rules, interactions, K
     python play.py bench                         speeds at pinned shapes
@@ -10,17 +11,26 @@ ladder score of sampled policies on unseen worlds, with 95 % intervals.
 """
 
 import argparse
+import base64
 import collections
-import copy
 import dataclasses
 import functools
 import json
 import math
 import os
+import re
 import resource
+import socketserver
+import struct
 import sys
 import tempfile
+import threading
 import time
+import webbrowser
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import imageio
@@ -29,9 +39,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from agent import autocast, freeze, imagine_rollout, load_run, pick_device, pick_dtype
-from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off,
-                  finish_dataset, make_env, record, rng_for, run_cli, write_episode)
+from agent import (autocast, freeze, imagine_rollout, load_run, pick_device, pick_dtype,
+                   sample_action, split_logits)
+from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off, controls,
+                  copy_env, finish_dataset, make_env, play_episode, record, rng_for, run_cli,
+                  write_episode)
 from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
@@ -505,7 +517,7 @@ def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=IN
             for kind, plan in interactions(player).items():
                 if kinds.count(kind) >= each or here[kind] >= 2:
                     continue
-                if film := try_script(copy.deepcopy(env), kind, *plan):
+                if film := try_script(copy_env(env), kind, *plan):
                     frames, actions, probes = zip(*rows, *film, strict=True)
                     turn = lambda dicts: {k: [d[k] for d in dicts] for k in dicts[0]}
                     write_episode(path, len(kinds), frames, turn(actions),
@@ -1194,11 +1206,373 @@ def write_report(folder):
     return folder / "report.md"
 
 
+# ------------------------------------------------------------------------ play inside the dream
+
+PLAY_SEED, PLAYED, MAX_ROWS, MAX_BODY = 40_000, 64, 3000, 4096
+WORLDS, GREEN, ORANGE = ("dream", "real"), (60, 170, 90), (240, 140, 20)
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+           "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+           "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"}
+
+
+def pick(request, name, options, default=None):
+    """A field of a request: a whole number or word among the options, else UserError."""
+    x = request.get(name, default)
+    if type(x) not in (int, str) or x not in options:
+        numbers = isinstance(options, range)
+        need = f"{options[0]} to {options[-1]}" if numbers else ", ".join(map(str, options))
+        raise UserError(f"Got {name} {x!r}, need one of {need}.")
+    return x
+
+
+def png(frame):
+    """uint8 (H, W, 3) -> a PNG as base64 text. By hand: a fifth of imageio's time."""
+    H, W, _ = frame.shape
+    rows = np.pad(frame.reshape(H, -1), ((0, 0), (1, 0))).tobytes()     # 0: no filter in this row
+    parts = ((b"IHDR", struct.pack(">2I5B", W, H, 8, 2, 0, 0, 0)),
+             (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
+        for name, x in parts)).decode()
+
+
+class Session:
+    """The game: the dream beside the real environment, from the same start.
+
+    `handle` answers one request, a dict with "op" and the page's settings. The dream has no task;
+    `reader` commits the same frames for every world and prompt (the ladder's tasks), so that h
+    (worlds, n, D) is there for all. rows: what a world showed, (frame, action, events, continues).
+    """
+
+    def __init__(self, run, env, folder, dtype="auto"):
+        if run.dynamics is None:
+            raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
+        self.run, self.env, self.folder, self.dtype = run, env, Path(folder) / "sessions", dtype
+        self.device, self.cfg = run.device, run.dynamics.cfg
+        self.keys, self.spec = controls(env), env.spec
+        self.prompts = list(dict.fromkeys(x for x, _ in env.spec.ladder)) or list(env.spec.tasks)
+        self.n, self.rung = len(self.prompts), [env.spec.tasks.index(x) for x in self.prompts]
+        self.level = round(run.dynamics.tau_ctx * self.cfg.k_max)
+        agent, last = run.agent, run.stage == "imagine"
+        self.policies = {"bc": agent.prior if last else agent.policy} if agent else {}
+        self.policies |= {"rl": agent.policy} if last else {}
+        self.ops = {f.__name__: f for f in (self.reset, self.step, self.what_if, self.denoise,
+                                            self.mask, self.save)}
+        self.handle({"op": "reset"})
+
+    @torch.inference_mode()
+    def handle(self, request):
+        """Sampling steps and signal level of committed frames hold for what is dreamed next."""
+        request, cfg = request if isinstance(request, dict) else {}, self.cfg
+        op = self.ops[pick(request, "op", self.ops)]
+        k = pick(request, "k", [2 ** i for i in range(cfg.k_max.bit_length())], cfg.k)
+        level = pick(request, "level", range(cfg.k_max), self.level)
+        self.run.dynamics.cfg = dataclasses.replace(cfg, k=k, tau_ctx=level / cfg.k_max)
+        self.prompt = pick(request, "prompt", range(-1, self.n), -1)        # -1: the ladder's
+        self.who = [pick(request, world, ("keys", *self.policies), "keys") for world in WORLDS]
+        with autocast(self.device, self.dtype):
+            return op(request)
+
+    def reset(self, request):
+        """Both worlds after `PLAYED` frames of the recorded player in a world never trained on
+        ("held_out") or at its first frame ("fresh"); or the dream alone, from "nothing"."""
+        seed = pick(request, "seed", range(2 ** 31), PLAY_SEED)
+        start = pick(request, "start", ("held_out", "fresh", "nothing"), "held_out")
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.dream, self.reader = (Dream(self.run.dynamics, self.generator) for _ in range(2))
+        self.encoder, self.decoder = (self.run.tokenizer.new_cache() for _ in range(2))
+        self.worlds, self.t = WORLDS[:1 + (start != "nothing")], 0
+        self.ladder = Ladder(self.spec, 2)
+        empty = self.spec.actions.zeros(), np.zeros(len(self.spec.tasks), bool), True
+        rows = [(None, *empty)]
+        if start != "nothing":
+            length = PLAYED if start == "held_out" else 1
+            frames, actions, *more = play_episode(self.env, seed, 0, length, "skilled")[:4]
+            actions = [{k: x[t] for k, x in actions.items()} for t in range(len(frames))]
+            rows = list(zip(frames, actions, *more, strict=True))
+        for row in rows:
+            self.ladder.advance(np.stack([row[2]] * 2))
+        seen, self.over = rows[-self.cfg.context:], not rows[-1][3]
+        actions = self.tensors([[r[1] for r in seen]])
+        labelled = torch.arange(len(rows), device=self.device)[None, -len(seen):] > 0
+        z = (self.encode([r[0] for r in seen]) if start != "nothing" else
+             self.dream.imagine(actions, labelled))
+        self.rows, self.film = {"dream": [], "real": rows}, []
+        for picture, row in zip(self.commit(z, actions, labelled), seen, strict=True):
+            self.rows["dream"].append((picture, *(row[1:] if self.film else empty)))
+            self.shoot(picture, row[0], GREEN if start != "nothing" else ORANGE)
+        return {**self.show(), "controls": self.keys, "tasks": self.prompts,
+                "policies": list(self.policies), "k_max": self.cfg.k_max, "k": self.cfg.k,
+                "level": self.level, "name": self.spec.name, "seed": seed}
+
+    def shoot(self, *frames):
+        """A frame of the film: dream, real, and the colour of the dream's border."""
+        self.now = frames[:len(self.worlds)]
+        if len(self.film) < MAX_ROWS:
+            self.film.append(np.concatenate([border(x, c) for x, c in
+                                             zip(self.now, (frames[2], GREEN), strict=False)], 1))
+
+    def tensors(self, actions):
+        """Action dicts [row][t] -> tensors (rows, T, .)."""
+        return {k: torch.as_tensor(np.array([[a[k] for a in row] for row in actions]),
+                                   device=self.device) for k in actions[0][0]}
+
+    def encode(self, frames):
+        """Real frames (T, H, W, 3) -> their latents (1, T, S_z, Z); the last one is kept."""
+        frames = torch.as_tensor(np.stack(frames), device=self.device)[None]
+        z = self.run.tokenizer.encode(frames, self.encoder)
+        self.z = z[:, -1:]
+        return z
+
+    def commit(self, z, actions, labelled):
+        """Frames (1 or worlds, T, .) that are known now -> the dream's as pictures (T, H, W, 3)."""
+        rows = self.n * len(self.worlds)
+        many = lambda x: x.repeat_interleave(rows // len(x), 0)
+        task = torch.tensor(self.rung * len(self.worlds), device=self.device)[:, None]
+        self.dream.commit(z[:1], {k: x[:1] for k, x in actions.items()}, labelled[:1])
+        if self.policies:
+            h = self.reader.commit(many(z), {k: many(x) for k, x in actions.items()},
+                                   many(labelled), task.expand(-1, z.shape[1]))
+            self.h = h[:, -1].view(len(self.worlds), self.n, -1)
+            self.rewards = self.run.agent.rewards(self.h).cpu().numpy()     # (worlds, n)
+        return self.run.tokenizer.decode(z[:1], self.decoder)[0].cpu().numpy()
+
+    def held(self, request):
+        """The action of the keys that are held; of a categorical part the last one counts."""
+        action, held = self.spec.actions.zeros(), request.get("held", [])
+        for i in held if isinstance(held, list) else [held]:
+            key = self.keys[pick({"held": i}, "held", range(len(self.keys)))]
+            action[key["part"]][key["index"]] = key["value"]
+        return action
+
+    def policy(self, w):
+        """World w -> its prompt, and its policy's logits (1, n) of the next action."""
+        prompt = self.prompt if self.prompt >= 0 else self.rung.index(self.ladder.task[w])
+        head = self.policies.get(self.who[w], self.run.agent.policy)
+        return prompt, head(self.h[w, prompt][None])[:, 0]
+
+    def step(self, request):
+        """One frame of each world."""
+        chosen = [self.held(request) for _ in self.worlds]
+        for w in range(len(self.worlds)):
+            if self.who[w] != "keys":
+                drawn = sample_action(self.spec.actions, self.policy(w)[1], self.generator)
+                chosen[w] = {k: x[0].cpu().numpy() for k, x in drawn.items()}
+        events = np.zeros((2, len(self.spec.tasks)), bool)
+        room = len(self.film) < MAX_ROWS
+        actions, self.t = self.tensors([[a] for a in chosen]), self.t + 1
+        frame, self.dream.k = self.now[-1], self.run.dynamics.cfg.k
+        labelled = torch.ones(len(chosen), 1, dtype=torch.bool, device=self.device)
+        z = self.dream.imagine({k: x[:1] for k, x in actions.items()}, labelled[:1])
+        if len(chosen) == 2 and not self.over:
+            frame, events[1], self.over = self.env.step(chosen[1])
+            self.encode([frame])
+            self.rows["real"] += [(frame, chosen[1], events[1], not self.over)] * room
+        z = torch.cat([z, self.z]) if len(chosen) == 2 else z
+        picture = self.commit(z, actions, labelled)[0]
+        if self.policies:               # in the dream an event is a reward that the model predicts
+            events[0, self.rung] = self.rewards[0] > 0.5
+        self.rows["dream"] += [(picture, chosen[0], events[0], True)] * room
+        self.shoot(picture, frame, ORANGE)
+        self.ladder.advance(events)
+        return self.show()
+
+    def show(self):
+        """What the page draws: pictures, and what the agent makes of them."""
+        minds, agent = {}, self.run.agent
+        for w, world in enumerate(self.worlds if self.policies else ()):
+            prompt, logits = self.policy(w)
+            binary, parts = split_logits(self.spec.actions, logits[0])
+            p = torch.cat([*(x.softmax(-1) for x in parts[:1]), binary.sigmoid()]).tolist()
+            h = self.h[w, prompt]
+            minds[world] = {"prompt": prompt, "rewards": self.rewards[w].tolist(), "policy": p,
+                            "value": agent.values(h).item(),
+                            "goes_on": agent.continue_prob(h).item()}
+        pictures = {world: png(x) for world, x in zip(self.worlds, self.now, strict=True)}
+        return {"t": self.t, "over": self.over, "minds": minds, "pictures": pictures}
+
+    def what_if(self, request):
+        """Counterfactuals (Figure 6): each action held for some frames from the frozen state, in
+        the dream and in copies of the real environment, where it can be copied."""
+        frames, keys = pick(request, "frames", range(1, 17), 4), self.keys[:24]
+        chosen = [self.held({"held": i}) for i in range(len(keys))]
+        dream, decoder = self.dream.futures(len(keys)), self.decoder.fork(len(keys))
+        for _ in range(frames):
+            z, _ = dream.step(self.tensors([[a] for a in chosen]))
+            pictures = self.run.tokenizer.decode(z, decoder)
+        found = [{"label": key["label"], "dream": png(x[0])}
+                 for key, x in zip(keys, pictures.cpu().numpy(), strict=True)]
+        for action, shown in zip(chosen, found, strict=True):
+            if len(self.worlds) == 2 and not self.over and (env := copy_env(self.env)):
+                for _ in range(frames):
+                    frame, _, end = env.step(action)
+                    if end:
+                        break
+                shown["real"] = png(frame)
+        return {"frames": frames, "outcomes": found}
+
+    def denoise(self, request):
+        """The next frame's K steps (Eq. 2): the noisy latents they see and the clean ones that they
+        predict, as pictures."""
+        steps = self.dream.futures(1).trace(self.tensors([[self.held(request)]]))
+        z = torch.cat([x for pair in steps for x in pair])
+        frames = self.run.tokenizer.decode(z, self.decoder.fork(len(z)))[:, 0].cpu().numpy()
+        return {"sees": [png(x) for x in frames[::2]], "predicts": [png(x) for x in frames[1::2]]}
+
+    def mask(self, request):
+        """The tokenizer rebuilds the present picture with a share of its patches hidden."""
+        share = pick(request, "share", range(101), 50) / 100
+        frame = torch.as_tensor(self.now[-1], device=self.device)[None, None]
+        tokenizer = self.run.tokenizer
+        hidden = torch.rand(6, 1, tokenizer.patches, device=self.device) < share
+        sees, rebuilt = tokenizer.rebuild(frame.expand(6, -1, -1, -1, -1), hidden)
+        return {"sees": [png(x[0]) for x in sees.cpu().numpy()],
+                "predicts": [png(x[0]) for x in rebuilt.cpu().numpy()]}
+
+    def save(self, request=None):
+        """The session as a GIF, and what each world showed as an episode of a dataset."""
+        for world in self.worlds:
+            folder = self.folder / world
+            frames, actions, events, continues = zip(*self.rows[world], strict=True)
+            write_episode(folder, len(list(folder.glob("episode_*.npy"))), frames,
+                          {k: [a[k] for a in actions] for k in actions[0]}, events, continues)
+            finish_dataset(folder, self.spec, {})
+        path = self.folder / f"session_{len(list(self.folder.glob('*.gif'))):05d}.gif"
+        write_film(path, np.stack(self.film))
+        return {"saved": str(path), "frames": len(self.film)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, POST /play asks the session; all else is refused and the line closed."""
+    protocol_version, server_version, sys_version = "HTTP/1.1", "play", ""
+    timeout, wbufsize, disable_nagle_algorithm = 60, -1, True
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body, kind="application/json"):
+        self.send_response(status)
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        if status != 200 or self.command != "POST":
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def send_error(self, code, message=None, explain=None):
+        """Also http.server's own refusals; its code for an unknown method is 501."""
+        message = message or HTTPStatus(code).phrase
+        self.answer(405 if code == 501 else code, json.dumps({"error": message}).encode())
+
+    def refused(self, path):
+        """subtle: other sites can reach 127.0.0.1 through the browser, by a cross-site post or by
+        a name of theirs that resolves to it. A port of its own is fine: that is a forwarded one."""
+        hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
+        name = r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?"
+        own = len(hosts) == 1 and re.fullmatch(name, hosts[0])
+        if not own or any(origin != f"http://{hosts[0]}" for origin in origins):
+            return self.send_error(403, "Got a foreign Host or Origin.") or True
+        return self.path != path and (self.send_error(404) or True)
+
+    def do_GET(self):
+        if not self.refused("/"):
+            self.answer(200, self.server.page, "text/html; charset=utf-8")
+
+    def do_POST(self):
+        if self.refused("/play"):
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json":
+            return self.send_error(415, "Need application/json.")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,9}", length):
+            return self.send_error(411)
+        if int(length) > MAX_BODY:
+            return self.send_error(413, f"Need at most {MAX_BODY} bytes.")
+        body = self.rfile.read(int(length))
+        try:
+            reply = self.server.pool.submit(self.server.session.handle, json.loads(body)).result()
+        except (UserError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            return self.send_error(400, str(error))
+        except Exception as error:
+            print(f"error: {error!r}", file=sys.stderr)
+            return self.send_error(500, repr(error))
+        self.answer(200, json.dumps(reply).encode())
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A thread per connection; the session's work is done one request at a time, in one thread."""
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(self, session, page, port):
+        self.session, self.page, self.pool = session, page, ThreadPoolExecutor(1)
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def verify_request(self, request, client_address):
+        return threading.active_count() < 64
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is nothing to report."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            print(f"error: {error!r}", file=sys.stderr)
+
+
+def open_server(session, port):
+    """On this port of 127.0.0.1, or the next free one."""
+    page = (Path(__file__).parent / "assets" / "play.html").read_bytes()
+    for p in range(port, min(port + 100, 65536)) if port >= 0 else ():
+        try:
+            return Server(session, page, p)
+        except OSError:
+            continue
+    raise UserError(f"Got --port {port}, need a free one there or up to 99 above: try another.")
+
+
+def open_session(args):
+    device, env = pick_device(args.device), make_env(data_config(args.run)["env"])
+    run = load_run(args.run, None, device, args.dtype)
+    if run.agent:
+        freeze(run.agent, device, args.dtype)
+    return Session(run, env, args.run, args.dtype)
+
+
+def serve(args):
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))   # the browser needs the others
+    with open_server(open_session(args), args.port) as server:
+        port = server.server_address[1]
+        print(f"Play at http://127.0.0.1:{port} (Ctrl-C ends it; from another machine: "
+              f"ssh -L {port}:127.0.0.1:{port} HOST)", flush=True)
+        if args.open:
+            webbrowser.open(f"http://127.0.0.1:{port}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def film_actions(args):
+    """`play.py dream --actions "right right do"`: the session's film, without a browser."""
+    session = open_session(args)
+    session.handle({"op": "reset", "seed": PLAY_SEED + args.seed})
+    for word in args.actions.split():
+        held = [i for i, key in enumerate(session.keys)
+                if word == key["label"] or key["label"].split("_")[-1] == word]
+        if len(held) != 1:
+            raise UserError(f"Got action {word!r}, need one of "
+                            f"{', '.join(key['label'] for key in session.keys)}.")
+        session.handle({"op": "step", "held": held})
+    return np.stack(session.film)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command",
-                        choices=("eval", "world", "labels", "bench", "dream", "report"))
+    parser.add_argument("command", nargs="?", default="serve", choices=(
+        "serve", "eval", "world", "labels", "bench", "dream", "report"))
+    parser.add_argument("--port", type=int, default=8000, help="serve: this one or the next free")
+    parser.add_argument("--open", action="store_true", help="serve: open the browser")
+    parser.add_argument("--actions", help="dream: words like 'right right do', from one start")
     parser.add_argument("--run", default="runs/crafter", help="folder of a training run")
     parser.add_argument("--agents", default="random,bc,rl,player", help="eval: which agents")
     parser.add_argument("--episodes", type=int, default=200, help="eval: episodes of each policy")
@@ -1213,7 +1587,7 @@ def make_parser():
     parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
-    parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise, or world")
     parser.add_argument("--workers", type=int, default=0, help="processes, 0: one per core")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -1276,6 +1650,8 @@ def main():
     folder = Path(args.run)
     if args.command == "report":
         print(write_report(folder))
+    elif args.command == "serve":
+        serve(args)
     elif args.command == "eval":
         evaluate(sys.argv[1:])
         print(results_table(read_results(folder)))
@@ -1297,6 +1673,10 @@ def main():
         entries = bench(pick_device(args.device), args.dtype)
         if folder.is_dir():
             add_results(folder, "python play.py " + " ".join(sys.argv[1:]), entries)
+    elif args.actions is not None:
+        path = Path(args.out or folder / "dream.gif")
+        write_film(path, film_actions(args))
+        print(path)
     else:
         run, dataset = open_run(args, data_config(folder), pick_device(args.device))
         if run.dynamics is None:

@@ -2,17 +2,26 @@
 
 A docstring says what the test fails on; each negative claim has a positive control beside it.
 """
+import base64
 import copy
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
+import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import imageio
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -1682,7 +1691,7 @@ def test_readme_commands_parse():
     lines = [*re.findall("`([^`\n]+)`", text), *(x for x in text.splitlines() if "`" not in x)]
     commands = [part for line in lines for part in line.split("&&") if "python" in part]
     seen = 0
-    for words in (c.split("#")[0].split() for c in commands):
+    for words in (shlex.split(c.split("#")[0]) for c in commands):
         if "--help" in words:
             continue
         if "train.py" in words:
@@ -1720,3 +1729,435 @@ def test_every_equation_has_one_home():
     for i in range(1, 12):
         assert f"| Eq. {i} " in readme
     assert "(Eq. 1)" in sources["dynamics.py"] and "(Eq. 3)" in sources["dynamics.py"]
+
+
+# ----------------------------------------------------------------------- play inside the dream
+
+def game(tmp_path, start="fresh", **request):
+    """A session of KeyEnv with random weights, in fp32."""
+    session = play.Session(key_run(), KeyEnv(), tmp_path, "fp32")
+    session.handle({"op": "reset", "start": start, "seed": 40_000, **request})
+    return session
+
+
+def keys(session, *labels):
+    return [i for i, key in enumerate(session.keys) if key["label"] in labels]
+
+
+def unpng(text):
+    return imageio.v3.imread(base64.b64decode(text))
+
+
+def test_png_by_hand_round_trips():
+    """Fails if a header field, checksum or row filter is wrong, or height and width are swapped."""
+    frame = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
+    assert (unpng(play.png(frame)) == frame).all()
+
+
+def test_every_action_has_a_control(crafter):
+    """Fails if an environment's own keys are ignored, two actions share one, or one is lost."""
+    named = {key["label"]: key["key"] for key in data.controls(crafter[0])}
+    assert (named["move_left"], named["do"], named["place_table"]) == ("ArrowLeft", " ", "t")
+    assert list(named) == list(crafter[0].spec.action_names) and named["noop"] == ""
+    dealt = data.controls(KeyEnv())                                 # declares none
+    assert len(dealt) == len({key["key"] for key in dealt}) == 7 and all(x["key"] for x in dealt)
+    game = KeyEnv()
+    game.spec = replace(game.spec, action_names=("noop", "go_left", "go_right", "up", "dig"))
+    assert [key["key"] for key in data.controls(game)[:4]] == ["", "ArrowLeft", "ArrowRight",
+                                                               "ArrowUp"]
+
+
+def test_futures_share_noise_and_leave_the_dream_alone():
+    """Fails if copies of a dream differ by more than their actions, or change it."""
+    model = tiny_dynamics()
+    z, actions, labelled = play_inputs(1, 3)
+    two = {k: torch.tensor([[0], [3], [0]]).view(3, 1, -1) if k == "categorical"
+           else x[:, :1].expand(3, -1, -1) for k, x in actions.items()}
+    ends = []
+    for tries in (0, 2):
+        dream = Dream(model, torch.Generator().manual_seed(0))
+        dream.commit(z, actions, labelled)
+        for _ in range(tries):
+            for n in (1, 3):
+                ahead = dream.futures(n)
+                for _ in range(6):                                  # past the context of 4
+                    futures, _ = ahead.step({k: x[:n] for k, x in two.items()})
+        ends.append(dream.step({k: x[:, :1] for k, x in actions.items()})[0])
+    assert torch.equal(*ends)
+    assert torch.allclose(futures[0], futures[2], atol=1e-5)        # the same action
+    assert (futures[0] - futures[1]).abs().max() > 1e-2
+    rows = [x.expand(3, -1, -1, -1) for x in play_inputs(1, 1, seed=1)[:1]]
+    forked = model(*rows, *levels(3, 1), two, labelled[:, :1].expand(3, -1),
+                   cache=dream.cache.fork(3))[0]                    # sees what the dream has seen
+    alone = model(rows[0][:1], *levels(1, 1), {k: x[:1] for k, x in two.items()}, labelled[:, :1],
+                  cache=dream.cache)[0]
+    assert torch.allclose(forked[:1], alone, atol=1e-5)
+
+
+def test_trace_ends_at_the_frame_that_is_dreamed():
+    """Fails if the steps shown are not those of the sampler, or sees and predicts are swapped."""
+    dream = Dream(tiny_dynamics(k=4))
+    z, actions, labelled = play_inputs(1, 3)
+    dream.commit(z, actions, labelled)
+    now = {k: x[:, :1] for k, x in actions.items()}
+    steps = dream.futures(1).trace(now)
+    assert len(steps) == 4 and torch.equal(steps[0][0], dream.futures(1).noise(1, 1))
+    frame = dream.futures(1).imagine(now, labelled[:, :1])
+    assert torch.allclose(steps[-1][1], frame, atol=1e-5)
+    assert (steps[-1][0] - frame).abs().max() > 1e-2
+
+
+def test_rebuilt_pictures_do_not_know_what_was_hidden():
+    """Fails if the wrong patches are hidden, or a hidden one reaches the encoder."""
+    tokenizer = tiny_tokenizer()
+    frames = torch.randint(256, (1, 1, 8, 12, 3), generator=torch.Generator().manual_seed(0)).byte()
+    other = frames.clone()
+    other[:, :, :4, 4:8] = 255 - other[:, :, :4, 4:8]               # patch 1 of 2 x 3
+    hidden = torch.zeros(1, 1, 6, dtype=torch.bool)
+    for share in (True, False):
+        hidden[..., 1] = share
+        (sees, a), (_, b) = tokenizer.rebuild(frames, hidden), tokenizer.rebuild(other, hidden)
+        assert torch.equal(a, b) == share
+    hidden[..., 1] = True
+    sees = tokenizer.rebuild(frames, hidden)[0]
+    assert sees[:, :, :4, 4:8].unique().numel() == 1                # grey
+    sees[:, :, :4, 4:8] = frames[:, :, :4, 4:8]
+    assert torch.equal(sees, frames)
+
+
+@pytest.mark.parametrize("start, frames", [("held_out", play.PLAYED), ("fresh", 1)])
+def test_both_worlds_start_alike_and_take_the_same_keys(tmp_path, start, frames):
+    """Fails if the worlds begin at different frames, or a pressed key reaches one of them only."""
+    session = game(tmp_path, start)
+    assert len(session.rows["real"]) == frames and len(session.rows["dream"]) == min(frames, 4)
+    env = KeyEnv()
+    first = data.play_episode(env, 40_000, 0, frames, "skilled")[0][-1]
+    shown = session.handle({"op": "reset", "start": start})["pictures"]
+    assert (unpng(shown["real"]) == first).all()
+    z = session.run.tokenizer.encode(torch.from_numpy(np.stack(
+        [row[0] for row in session.rows["real"][-4:]]))[None])
+    rebuilt = session.run.tokenizer.decode(z)[0, -1].numpy()
+    assert np.abs(unpng(shown["dream"]).astype(int) - rebuilt).max() <= 1
+    state = session.handle({"op": "step", "held": keys(session, "key 1", "action 3")})
+    assert unpng(state["pictures"]["real"])[0, 1, 0] == 3           # PaintEnv shows the action
+    for world in play.WORLDS:
+        action = session.rows[world][-1][1]
+        assert action["binary"].tolist() == [0, 1] and action["categorical"].tolist() == [3]
+
+
+def test_dreams_can_start_from_nothing(tmp_path):
+    """Fails if a dream without context still has a real world, or never changes."""
+    session = game(tmp_path, "nothing")
+    states = [session.handle({"op": "step"}) for _ in range(3)]
+    assert list(states[0]["pictures"]) == ["dream"] and list(states[0]["minds"]) == ["dream"]
+    assert states[0]["pictures"]["dream"] != states[2]["pictures"]["dream"]
+
+
+def test_a_policy_plays_in_the_world_it_is_given(tmp_path):
+    """Fails if the policy's world and the person's are confused."""
+    session = game(tmp_path)
+    for parameter in session.run.agent.policy.parameters():
+        parameter.data.zero_()
+    logits = torch.full((3, 7), -30.0)
+    logits[:, [0, 1, 6]] = 30.0                                     # both keys, category 4
+    session.run.agent.policy.out.bias.data = logits.flatten()
+    for who in ({}, {"dream": "bc"}, {"real": "bc"}, {"dream": "bc", "real": "bc"}):
+        state = session.handle({"op": "step", "held": keys(session, "action 2"), **who})
+        for world in play.WORLDS:
+            action = session.rows[world][-1][1]
+            assert action["categorical"].tolist() == ([4] if world in who else [2])
+            assert action["binary"].tolist() == ([1, 1] if world in who else [0, 0])
+    assert np.allclose(state["minds"]["real"]["policy"], [0, 0, 0, 0, 1, 1, 1], atol=1e-6)
+
+
+def test_read_outs_are_of_their_world_and_prompt(tmp_path, monkeypatch):
+    """Fails if the rows of worlds and prompts are mixed up in the reader's batch."""
+    monkeypatch.setattr(Dream, "noise", lambda self, B, T: torch.full((B, T, 2, 6), 0.3))
+    session = game(tmp_path, "fresh", prompt=1)
+    for i in range(2):                                              # within the context of 4
+        session.handle({"op": "step", "held": [i]})
+    frames, actions, *_ = zip(*session.rows["real"], strict=True)
+    z = session.run.tokenizer.encode(torch.from_numpy(np.stack(frames))[None])
+    a = session.tensors([actions])
+    labelled = torch.arange(3)[None] > 0
+    for prompt in (0, 1):
+        h = Dream(session.run.dynamics).commit(z, a, labelled, torch.full((1, 3), prompt))[0, -1]
+        assert torch.allclose(session.h[1, prompt], h, atol=1e-4)
+        assert (session.h[0, prompt] - h).abs().max() > 1e-3        # the dream's own frames
+    assert (session.h[1, 0] - session.h[1, 1]).abs().max() > 1e-3
+
+
+def test_k_and_corruption_act_at_once(tmp_path):
+    """Fails if the page's K or corruption does not reach the sampler or the committed frames."""
+    session, calls = game(tmp_path), []
+    session.run.dynamics.register_forward_hook(
+        lambda module, inputs, output: calls.append((inputs[1].unique().item(),
+                                                     inputs[2].unique().item())))
+    for k, level in ((1, 7), (4, 3), (8, 5)):
+        calls.clear()
+        session.handle({"op": "step", "k": k, "level": level})
+        assert calls == [*((i / k, 1 / k) for i in range(k)), *[(level / 8, 1 / 8)] * 2]
+
+
+def test_looking_inside_changes_nothing(tmp_path):
+    """Fails if what-if, denoising or masks move either world or the dream's noise, or if the true
+    outcome of an action is not what the environment does."""
+    sessions, ends = [game(tmp_path) for _ in range(2)], []
+    for op in ("what_if", "denoise", "mask"):
+        reply = sessions[1].handle({"op": op, "frames": 1, "k": 4, "share": 100})
+        if op == "what_if":
+            outcomes = {x["label"]: x for x in reply["outcomes"]}
+            assert len({x["dream"] for x in outcomes.values()}) > 1
+        else:
+            assert len(reply["sees"]) == len(reply["predicts"]) > 3
+    for session in sessions:
+        ends.append(session.handle({"op": "step", "held": keys(session, "action 2")})["pictures"])
+    assert ends[0] == ends[1] and ends[0]["real"] == outcomes["action 2"]["real"]
+    assert outcomes["action 3"]["real"] != outcomes["action 2"]["real"]     # control
+
+
+def test_copied_environments_go_their_own_way(crafter):
+    """Fails if Crafter can't be copied, or a copy's steps are not those of the original."""
+    env = data.Crafter()
+    env.reset(3)
+    twin, action = data.copy_env(env), env.spec.actions.zeros()
+    for name in ["move_right", "do", "move_down"] * 8:
+        action["categorical"][0] = env.spec.action_names.index(name)
+        frame = twin.step(action)[0]
+        assert (env.step(action)[0] == frame).all()
+    twin.step(action)
+    assert env.env._step != twin.env._step
+    assert data.copy_env(open(os.devnull)) is None                  # can't be copied
+
+
+def test_saved_sessions_are_a_film_and_datasets(tmp_path):
+    """Fails if rows are shifted, the second session overwrites the first, or frames are lost."""
+    session = game(tmp_path)
+    for i in range(2):
+        for j in keys(session, "action 4", "action 1"):
+            session.handle({"op": "step", "held": [j]})
+        reply = session.handle({"op": "save"})
+        assert len(imageio.mimread(reply["saved"])) == reply["frames"] == 3 + 2 * i
+    for world in play.WORLDS:
+        dataset = data.Dataset(tmp_path / "sessions" / world)
+        assert dataset.lengths.tolist() == [3, 5]
+        assert dataset.episode(1)["categorical"][:, 0].tolist() == [0, 1, 4, 1, 4]
+    shown = dataset.episode(1)
+    assert world == "real" and shown["frames"][:, 0, 1, 0].tolist() == [0, 1, 4, 1, 4]
+    assert shown["events"][:, 0].tolist() == [0, 0, 1, 0, 1]
+    assert len(list((tmp_path / "sessions").glob("*.gif"))) == 2
+
+
+def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
+    """Fails if words are matched to other actions, or an unknown one is not named."""
+    sessions = []
+    monkeypatch.setattr(play, "open_session", lambda args: sessions.append(game(tmp_path)) or
+                        sessions[-1])
+    words = ["play.py", "dream", "--out", str(tmp_path / "x.gif"), "--run", "runs/none",
+             "--actions", "3 action_4"]
+    names = ("noop", "action_1", "action_2", "move_3", "action_4")
+    monkeypatch.setattr(KeyEnv, "__init__", lambda self: (PaintEnv.__init__(self), setattr(
+        self, "spec", replace(self.spec, actions=ActionSpec(2, (5,)), action_names=names)))[0])
+    monkeypatch.setattr(sys, "argv", words)
+    play.main()
+    shown = [row[1]["categorical"][0] for row in sessions[0].rows["real"][-2:]]
+    assert shown == [3, 4] and len(imageio.mimread(tmp_path / "x.gif")) == len(sessions[0].film)
+    monkeypatch.setattr(sys, "argv", [*words[:-1], "jump"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(play.main)
+    assert stop.value.code == 2 and "'jump'" in capsys.readouterr().err
+
+
+def test_without_weights_one_line_names_the_command(tmp_path, monkeypatch, capsys):
+    """Fails if `python play.py` is not the game, or a missing run gives a traceback."""
+    assert play.make_parser().parse_args([]).command == "serve"
+    monkeypatch.setattr(sys, "argv", ["play.py", "--run", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(play.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "python train.py" in lines[0]
+    with pytest.raises(UserError, match="--stage dynamics"):
+        play.Session(replace(key_run(), dynamics=None, agent=None), KeyEnv(), tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with play.open_server(game(tmp_path), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def talk(server, text):
+    """Send bytes as they are -> status and body; 0 where the line was closed without an answer."""
+    with socket.create_connection(server.server_address, 20) as line:
+        try:
+            line.sendall(text)
+            line.shutdown(socket.SHUT_WR)
+            got = b""
+            while part := line.recv(65536):
+                got += part
+        except ConnectionError:                                     # closed on unread bytes
+            return 0, b""
+    head, _, body = got.partition(b"\r\n\r\n")
+    return int(head.split()[1]) if head.startswith(b"HTTP/1.1 ") else 0, body
+
+
+def http(server, body=b'{"op": "step"}', method="POST", path="/play", **headers):
+    port = server.server_address[1]
+    headers = {"Host": f"127.0.0.1:{port}", "Content-Type": "application/json",
+               "Content-Length": len(body)} | {k.replace("_", "-"): v for k, v in headers.items()}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items() if v != "")]
+    return talk(server, "\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+
+
+def test_server_is_on_loopback_and_takes_the_next_free_port(server, tmp_path):
+    """Fails if other machines can connect, or a taken port ends the program."""
+    host, port = server.server_address
+    assert host == "127.0.0.1"
+    with play.open_server(server.session, port) as second:
+        assert second.server_address[0] == "127.0.0.1" and second.server_address[1] > port
+    status, page = http(server, b"", "GET", "/")
+    assert status == 200 and page == (REPO / "assets" / "play.html").read_bytes()
+
+
+@pytest.mark.parametrize("headers, allowed", [
+    ({}, True), ({"Host": "localhost:8000"}, True),                 # a forwarded port
+    ({"Origin": "http://127.0.0.1:PORT"}, True),
+    ({"Host": "localhost:9000", "Origin": "http://localhost:9000"}, True),
+    ({"Host": "evil.example"}, False), ({"Host": "evil.example:PORT"}, False),  # DNS rebinding
+    ({"Host": "127.0.0.1.evil.example"}, False), ({"Host": "127.0.0.1:PORT@evil"}, False),
+    ({"Host": ""}, False), ({"Origin": "http://evil.example"}, False),          # cross-site post
+    ({"Origin": "null"}, False), ({"Origin": "https://127.0.0.1:PORT"}, False),
+    ({"Origin": "http://localhost:PORT"}, False), ({"Origin": "http://127.0.0.1:1"}, False)])
+def test_foreign_hosts_and_origins_are_refused(server, headers, allowed):
+    """Fails if another site's page can drive the game or read its answers."""
+    port = str(server.server_address[1])
+    headers = {k: v.replace("PORT", port) for k, v in headers.items()}
+    before = server.session.t
+    assert http(server, **headers)[0] == (200 if allowed else 403)
+    assert server.session.t - before == allowed
+    if "Origin" not in headers:
+        assert http(server, b"", "GET", "/", **headers)[0] == (200 if allowed else 403)
+
+
+def malformed(rng, i):
+    """The i-th bad request: (body, method, path, headers, statuses that are right)."""
+    junk = bytes(rng.integers(0, 256, int(rng.integers(1, 300)), np.uint8))
+    step = {"op": "step"}
+    bad = [{"op": "rm"}, {"op": "__init__"}, {}, [], 7, None, {**step, "k": 3}, {**step, "k": 64},
+           {**step, "k": True}, {**step, "level": -1}, {**step, "level": 1e9}, {"op": ["step"]},
+           {**step, "held": [99]}, {**step, "held": "x"}, {**step, "held": [[0]]},
+           {**step, "held": {"a": 1}}, {**step, "dream": "rl"}, {**step, "real": None},
+           {**step, "prompt": 9}, {"op": "reset", "seed": -1}, {"op": "reset", "seed": 2 ** 40},
+           {"op": "reset", "start": "../../etc"}, {"op": "what_if", "frames": 10 ** 6},
+           {"op": "mask", "share": "all"}]
+    paths = ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/assets/play.html",
+             "/play/../play.py", "/%00", "/runs/crafter/agent.pt", "http://evil.example/play", "*"]
+    kind = i % 8
+    return [
+        (json.dumps(bad[i // 8 % len(bad)]).encode(), "POST", "/play", {}, {400}),
+        (junk, "POST", "/play", {}, {400}),
+        (b"[" * 4000, "POST", "/play", {}, {400}),
+        (b"", ["GET", "POST"][i // 8 % 2], paths[i // 8 % len(paths)], {}, {404}),
+        (b"", ["PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "PATCH", "CONNECT", "XYZ"][i // 8 % 8],
+         ["/", "/play"][i % 2], {}, {405}),
+        (b"{}", "POST", "/play", [{"Content_Length": 10 ** 8}, {"Content_Length": -1},
+                                  {"Content_Length": "9" * 5000}, {"Content_Length": ""},
+                                  {"Transfer_Encoding": "chunked"}, {"X": "y" * 70_000},
+                                  {"Content_Type": "text/plain"}][i // 8 % 7],
+         {411, 413, 415, 431}),
+        (b"{}", "POST", "/play", [{"Host": "evil.example"}, {"Origin": "http://evil.example"},
+                                  {"Host": "a\x00b"}, {"Host": "\xff"}][i // 8 % 4], {403}),
+        (junk, "\x00\xff GET", "/", {}, {400, 405}),
+    ][kind]
+
+
+def test_bad_requests_and_disconnects_leave_the_server_well(server, tmp_path, capfd):
+    """Fails if one of 200 malformed requests or 20 abrupt disconnects is answered as if it were
+    good, moves the game, writes a file, prints a traceback or stops the server."""
+    rng, before = np.random.default_rng(0), sorted(tmp_path.rglob("*"))
+    moves = server.session.t
+    for i in range(200):
+        body, method, path, headers, right = malformed(rng, i)
+        status, _ = http(server, body, method, path, **headers)
+        assert status in right | {0}, (i, method, path, headers, body[:60], status)
+    assert server.session.t == moves
+    whole = (f"POST /play HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+             f"Content-Length: 14\r\n\r\n").encode() + b'{"op": "step"}'
+    for i in range(20):                                             # reset, not closed, part-way
+        line = socket.create_connection(server.server_address, 20)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line.sendall(whole[:[0, 9, 40, len(whole) - 3, len(whole)][i % 5]])
+        line.close()
+    status, body = http(server)
+    assert status == 200 and json.loads(body)["t"] > moves
+    assert sorted(tmp_path.rglob("*")) == before
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bug_is_one_line_and_the_server_goes_on(server, monkeypatch, capfd):
+    """Fails if an error of our own is silent, or ends the connection without an answer."""
+    good = server.session.ops["step"]
+    server.session.ops["step"] = lambda request: 1 / 0
+    assert http(server)[0] == 500
+    assert capfd.readouterr().err.startswith("error: ZeroDivisionError")
+    server.session.ops["step"] = good
+    assert http(server)[0] == 200
+
+
+@pytest.fixture
+def chromium():
+    sync = pytest.importorskip("playwright.sync_api", reason="no browser: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+    with sync.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync.Error as error:
+            pytest.skip(f"no browser: {str(error).splitlines()[0]}; playwright install chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.mark.slow
+def test_game_in_a_real_browser(chromium, server, tmp_path):
+    """Fails if a person can't play: keys, policies, K, what-if, denoising, masks, recording."""
+    page, errors = chromium.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+
+    def until(condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not page.evaluate(condition):
+            assert time.monotonic() < end, (condition, errors, page.inner_text("#message"))
+            time.sleep(0.05)
+
+    picture = lambda world: page.evaluate(f"document.getElementById('{world}').toDataURL()")
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+    page.select_option("#start", "fresh"), page.click("#reset")
+    until("+document.getElementById('frame').textContent > 3")
+    page.keyboard.press("Enter")                                    # pause: a key is a frame
+    until("paused && !busy")
+    moves, before = server.session.t, [picture(world) for world in play.WORLDS]
+    page.keyboard.press(server.session.keys[3]["key"])
+    until(f"+document.getElementById('frame').textContent > {moves}")
+    assert server.session.t == moves + 1
+    assert all(a != picture(w) for a, w in zip(before, play.WORLDS, strict=True))
+    assert server.session.rows["real"][-1][1]["categorical"].tolist() == [3]
+    assert server.session.rows["dream"][-1][1]["categorical"].tolist() == [3]
+    for op, n in (("what_if", 14), ("denoise", 4), ("mask", 12)):
+        page.click("#ks button:nth-child(2)"), page.click(f"#{op}")
+        until(f"document.querySelectorAll('#strip img').length == {n}")
+        until("[...document.querySelectorAll('#strip img')].every(x => x.naturalWidth == 12)")
+    assert server.session.run.dynamics.cfg.k == 2 and server.session.t == moves + 1
+    page.select_option("#who_dream", "bc"), page.select_option("#who_real", "bc")
+    page.click("#pause")
+    until(f"+document.getElementById('frame').textContent > {moves + 6}")
+    assert server.session.who == ["bc", "bc"] and "frames/s" in page.inner_text("header")
+    page.click("#save")
+    until("document.getElementById('message').textContent.startsWith('Saved')")
+    assert len(imageio.mimread(tmp_path / "sessions" / "session_00000.gif")) > 6
+    page.select_option("#start", "nothing"), page.click("#reset")
+    until("document.getElementById('real_world').hidden && !busy")
+    assert not errors

@@ -108,6 +108,14 @@ class Cache:
     def advance(self, T=1):
         self.t += T
 
+    def fork(self, n):
+        """A copy with its rows repeated n times: futures that leave this cache as it is."""
+        twin = Cache(self.context, self.t)
+        twin.start = self.start
+        twin.layers = {layer: [ring.repeat(n, *[1] * (ring.dim() - 1)) for ring in rings]
+                       for layer, rings in self.layers.items()}
+        return twin
+
     def copy_rows(self, rows, other):
         """Replace batch rows (n,) by the rows of another cache that stands at the same frame."""
         assert (other.t, other.context) == (self.t, self.context), (other.t, self.t)
@@ -405,12 +413,25 @@ class Tokenizer(nn.Module):
                              .flatten(2, 3), cache=cache)
         if cache:
             cache.advance(z.shape[1])
-        return (255 * (x * PIXEL_STD + PIXEL_MEAN)).round().clamp(0, 255).to(torch.uint8)
+        return unscale_pixels(x)
+
+    def rebuild(self, frames, hidden):
+        """uint8 frames (B, T, H, W, 3) with patches hidden (B, T, P) -> what the encoder sees of
+        them, hidden patches grey, and what the decoder makes of that; both uint8."""
+        patch, (H, W) = self.cfg.patch, frames.shape[2:4]
+        x = patchify(scale_pixels(frames), patch)
+        sees = unpatchify(torch.where(hidden[..., None], 0.0, x), patch, H, W)
+        return unscale_pixels(sees), unscale_pixels(self(scale_pixels(frames), hidden))
 
 
 def scale_pixels(frames):
     """uint8 (..., H, W, 3) -> fp32 of about zero mean and unit variance."""
     return (frames.float() / 255 - PIXEL_MEAN) / PIXEL_STD
+
+
+def unscale_pixels(x):
+    """Inverse of scale_pixels, clamped."""
+    return (255 * (x * PIXEL_STD + PIXEL_MEAN)).round().clamp(0, 255).to(torch.uint8)
 
 
 def lpips_loss():
