@@ -271,10 +271,10 @@ class TokenizerConfig:
     decoder_layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    latents: int = 9            # 512 bottleneck tokens
-    channels: int = 64          # 16 channels each
-    pack: int = 1               # 2: tokens merged into one for the dynamics
-    local: bool = True          # False: latents have no patch of their own
+    latents: int = 16           # 512 bottleneck tokens
+    channels: int = 32          # 16 channels each
+    pack: int = 2               # 2: tokens merged into one for the dynamics
+    local: bool = True          # latents belong to a patch, where they divide evenly among them
     context: int = 6            # frames that a time layer sees
     time_every: int = 4         # 4
     dense: bool = False         # block-causal attention over all tokens instead of time layers
