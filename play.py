@@ -846,20 +846,19 @@ def bench(device, dtype="auto"):
     note("tokenizer_training", frames, "frames/s")
     note("tokenizer_training_share_of_peak", flops / 1e9 / peak, "share")
 
-    tokenizer = freeze(Tokenizer(TokenizerConfig(latents=18, channels=32, pack=1)), device, dtype)
+    tokenizer = freeze(Tokenizer(TokenizerConfig(pack=1)), device, dtype)
     frames = torch.zeros(16, 16, 72, 72, 3, dtype=torch.uint8, device=device)
     with torch.no_grad(), autocast(device, dtype):
         z = tokenizer.encode(frames)
         note("encode", 256 / seconds(lambda: tokenizer.encode(frames), 5, device), "frames/s")
         note("decode", 256 / seconds(lambda: tokenizer.decode(z), 5, device), "frames/s")
     net = freeze(model(), device, dtype)
-    eyes = freeze(Tokenizer(TokenizerConfig(latents=16, channels=32, pack=1)), device, dtype)
     rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
     for k in (1, 4):
         note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
-        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=eyes, repeats=60), "frames/s")
+        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=tokenizer, repeats=60), "frames/s")
         note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
-    note("dream_b64_c16_k4_decoded", rate(64, 16, tokenizer=eyes), "frames/s")
+    note("dream_b64_c16_k4_decoded", rate(64, 16, tokenizer=tokenizer), "frames/s")
     note("uncached_b1_c64_k4", rate(1, 64, cached=False, repeats=8), "frames/s")
     note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
          / entries["bench_uncached_b1_c64_k4"][0], "ratio")
