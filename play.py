@@ -283,7 +283,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
             for step in tqdm(range(1, length + 1), desc=f"{len(seeds)} episodes", leave=False):
                 actions = actor.act() if run else spec.actions.sample(rng, N)
                 frames, events, terminal = worlds.step(actions)
-                first = np.where(events & np.isinf(first), step, first)
+                first = np.where((events > 0) & np.isinf(first), step, first)
                 changed = ladder.advance(events)
                 film.append(frames[0])
                 if terminal.all():
