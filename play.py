@@ -30,6 +30,7 @@ from tokenizer import Cache
 
 HORIZONS = (1, 4, 8, 16)
 REFERENCE_SEED, TEST_SEED = 10_000, 30_000
+FILM = 1000                 # most frames of an episode's GIF
 
 
 # --------------------------------------------------------------------- intervals, results.json
@@ -80,8 +81,10 @@ def add_results(folder, command, entries):
 
 # ---------------------------------------------------------------------------- the world model
 
-def reference_set(env, episodes=40, length=300, workers=0):
-    """Recorded play that is never trained on, recorded at the first call."""
+def reference_set(env, episodes=40, length=300, workers=0, path=""):
+    """Recorded play that is never trained on: the dataset at path, or recorded at first."""
+    if path:
+        return Dataset(path)
     path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
     if not (path / "dataset.json").exists():
         print(f"Recording the reference set into {path}.")
@@ -285,7 +288,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
                 frames, events, terminal = worlds.step(actions)
                 first = np.where((events > 0) & np.isinf(first), step, first)
                 changed = ladder.advance(events)
-                film.append(frames[0])
+                film += [frames[0]] if len(film) < FILM else []
                 if terminal.all():
                     break
                 if run:
@@ -531,7 +534,7 @@ def open_run(args, settings, device):
     if run.dynamics and args.k:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
-                              args.workers)
+                              args.workers, settings.get("reference", ""))
 
 
 def main():

@@ -3,12 +3,14 @@
 A docstring says what the test fails on; each negative claim has a positive control beside it.
 """
 import hashlib
+import http.server
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -1478,7 +1480,8 @@ def vpt_frame(t, height=360, width=640):
 def frame_numbers(frames):
     """(T, H, W, 3) at any size -> the t of vpt_frame (T,)."""
     height, width = frames.shape[1:3]
-    bars = frames[:, height // 2, ((np.arange(12) + 0.5) * (640 // 12 + 1) * width / 640).astype(int)]
+    middle = ((np.arange(12) + 0.5) * (640 // 12 + 1) * width / 640).astype(int)
+    bars = frames[:, height // 2, middle]
     return ((bars.mean(-1) > 135) << np.arange(12)).sum(1)
 
 
@@ -1690,7 +1693,8 @@ def test_vpt_events_are_rises_over_the_first_statistics(tmp_path):
     an empty line in between forgets the counters."""
     log, stone = "minecraft.mine_block:minecraft.oak_log", "minecraft.mine_block:minecraft.stone"
     spruce = "minecraft.mine_block:minecraft.stripped_spruce_log"
-    stats = [{}, {log: 3}, {log: 3}, {log: 5}, {}, {log: 5, stone: 1}, {log: 5, stone: 1, spruce: 2}]
+    stats = [{}, {log: 3}, {log: 3}, {log: 5}, {}, {log: 5, stone: 1},
+             {log: 5, stone: 1, spruce: 2}]
     columns = read_vpt(tmp_path, [vpt_line(t, stats=s) for t, s in enumerate(stats)])[0]
     tasks = data.minecraft_spec().tasks
     got = [(t, tasks[i]) for t, i in np.argwhere(columns["events"])]
@@ -1720,7 +1724,7 @@ def test_vpt_unknown_keys_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("tail, total, fault", [
-    (b'{"mouse": {"x": 1', 7, True), (b"\xff\xfe\n", 7, True), (b"\n\n", 6, False), (b"", 6, False)])
+    (b'{"mouse": {"x": 1', 7, True), (b"\xff\xfe\n", 7, True), (b"\n\n", 6, False)])
 def test_vpt_broken_last_line(tmp_path, tail, total, fault):
     """Quirk 13. Fails if a half-written line ends the import, or is left out silently."""
     lines = [vpt_line(t) for t in range(6)]
@@ -1771,8 +1775,8 @@ def test_import_vpt_command(tmp_path):
     stats = [{"minecraft.mine_block:minecraft.oak_log": 3 + (t > 7)} for t in range(10)]
     for i, frames in enumerate((None, None, 5, None)):
         lines = [vpt_line(t, "w", stats=stats[t]) for t in range(10)]
-        if i == 3:
-            lines[6]["milli"] += 60_000
+        for line in lines[6:] if i == 3 else []:
+            line["milli"] += 60_000
         write_segment(folder / "10.0", lines, frames, f"P-{i:012x}-20220101-1200{i:02d}",
                       b"{oops\n" if i == 1 else b"")
     write_lines(folder / "10.0" / "lonely.jsonl", [vpt_line(0)])
@@ -1784,7 +1788,8 @@ def test_import_vpt_command(tmp_path):
     assert "5 frames for 10 lines" in out and "line 11" in out and "cut.mp4: skipped: " in out
     assert "2 videos whole, 1 cut short, 2 skipped; 4 episodes" in out
     dataset = data.Dataset(tmp_path / "out")
-    assert dataset.spec == data.minecraft_spec(32, 32) and dataset.lengths.tolist() == [10, 10, 6, 4]
+    assert dataset.spec == data.minecraft_spec(32, 32)
+    assert dataset.lengths.tolist() == [10, 10, 6, 4]
     assert frame_numbers(dataset.episode(1)["frames"]).tolist() == list(range(10))
     episode, start, task = dataset.sample(np.random.default_rng(0), 50, 4, relevant=True)
     assert set(task) == {dataset.spec.tasks.index("mine_log")}
@@ -1830,7 +1835,7 @@ def test_interrupted_import_goes_on(tmp_path, monkeypatch):
 
 def test_import_parts_split_by_session(tmp_path, monkeypatch):
     """Fails if segments of one session are trained on and judged by, or one is in no part."""
-    names = [f"P-{s:012x}-20220101-12{m:02d}00" for s in range(40) for m in range(2)]
+    names = [f"P-{s:012x}-20220101-12{m:02d}00" for s in range(90) for m in range(2)]
     for name in names:
         write_lines(tmp_path / f"{name}.jsonl", []), (tmp_path / f"{name}.mp4").touch()
     monkeypatch.setattr(data, "import_files", lambda videos, *_: {v.stem for v in videos})
@@ -1868,6 +1873,7 @@ class FakeMineRL:
 
     def __init__(self):
         self.next_seed, self.seeds, self.stats, self.commands = None, [], {}, []
+        self.broken = False
 
     def seed(self, number):
         self.next_seed = number
@@ -1896,7 +1902,7 @@ class FakeMineRL:
         self.stats["custom"]["interact_with_crafting_table"] += command["use"]
         self.forward = (self.forward + 1) * command["forward"]
         self.stats["custom"]["deaths"] += self.forward >= 30
-        info = {"error": "the game is gone"} if command["drop"] and command["sneak"] else {}
+        info = {"error": "the game is gone"} if self.broken else {}
         return self.observation(), 0.0, bool(info), info
 
 
@@ -1926,7 +1932,8 @@ def test_minerl_adapter(capsys):
     tasks = env.spec.tasks
     assert env.reset(5).shape == (32, 32, 3) and env.game.seeds == [5]
     frame, events, terminal = env.step(press("attack", "ESC", camera=120))
-    assert env.game.commands[-1]["attack"] == 1 and env.game.commands[-1]["camera"].tolist() == [10, 10]
+    sent = env.game.commands[-1]
+    assert sent["attack"] == 1 and sent["camera"].tolist() == [10, 10]
     assert events[tasks.index("mine_log")] == 2 and events.sum() == 2 and not terminal
     assert frame[5, 20].tolist() == [5] * 3
     events = env.step(press("use"))[1]                               # not the logs again
@@ -1936,10 +1943,11 @@ def test_minerl_adapter(capsys):
     env.reset(6)
     assert env.game.seeds == [5, 6] and not env.step(press())[1].any()
     shown = env.step(press("attack"))[0]
-    frame, events, terminal = env.step(press("attack", "drop", "sneak"))
+    env.game.broken = True
+    frame, events, terminal = env.step(press("attack"))
     assert terminal and not events.any() and (frame == shown).all()
     assert "the game is gone" in capsys.readouterr().err
-    env.reset(7)
+    env.game.broken = bool(env.reset(7) is None)
     env.steps = env.limit - 2
     assert [env.step(press())[2] for _ in range(2)] == [False, True] and env.limit == 72_000
 
@@ -1954,15 +1962,254 @@ def test_missing_minerl_says_how_to_install_it(tmp_path):
     assert data.env_spec("minerl") == data.minecraft_spec() and data.env_spec(PAINT).name == "paint"
 
 
-def test_ladder_counts_items_and_recordings_count_events(tmp_path):
+def test_ladder_counts_items_and_recordings_count_events(monkeypatch):
     """Fails if four planks of one craft count as one prompt's step, or as a reward of four."""
-    with data.VecEnv(MINE, [1, 2], workers=1) as worlds:
-        worlds.reset()
-        both = {k: np.stack([press("attack")[k]] * 2) for k in press()}
-        events = worlds.step(both)[1]
-    ladder = play.Ladder(worlds.spec, 2)
-    for _ in range(4):
-        assert not ladder.advance(events).any()
-    assert ladder.advance(events).all()                              # 5 times 2 logs
-    made = data.record(MINE, tmp_path / "set", 1, 30, 0, workers=1)
-    assert made.episode(0)["events"].max() == 1
+    class Pipe:
+        """The parent of env_worker: fresh frames, then five times attack."""
+        both = {k: np.stack([x] * 2) for k, x in press("attack").items()}
+        asks, answers = [EOFError, *[both] * 5, None], []
+
+        def recv(self):
+            ask = self.asks.pop()
+            if ask is EOFError:
+                raise EOFError
+            return ask
+
+        def send(self, answer):
+            self.answers.append([x.copy() for x in answer])
+
+    monkeypatch.setattr(data.signal, "signal", lambda *_: None)
+    data.env_worker(Pipe(), MINE, [1, 2])
+    ladder = play.Ladder(data.minecraft_spec(32, 32), 2)
+    advanced = [ladder.advance(events) for _, events, _ in Pipe.answers[1:]]
+    assert np.array(advanced).all(1).tolist() == [False] * 4 + [True]       # 5 times 2 logs
+    columns = data.play_episode(TinyMineRL(), 0, 0, 12, None)
+    assert np.array(columns[2]).any() and np.array(columns[2]).max() == 1
+
+
+class Store(http.server.BaseHTTPRequestHandler):
+    """A web store with Range, and with faults: {path: [fault of the first request, ...]}."""
+    files, faults, log = {}, {}, []
+
+    def do_GET(self):
+        body, start = self.files.get(self.path), 0
+        fault = self.faults.get(self.path, []).pop(0) if self.faults.get(self.path) else None
+        self.log.append((self.path, self.headers.get("Range")))
+        if fault == 503 or body is None:
+            self.send_response(fault or 404)
+            self.end_headers()
+            return self.wfile.write(b"<?xml version='1.0'?><Error><Code>NotFound</Code></Error>")
+        if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) and fault != "whole":
+            start = int(match[1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start: start + 1000] if fault == "drop" else body[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """-> address and handler of a store on this machine."""
+    Store.files, Store.faults, Store.log = {}, {}, []
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Store
+    server.shutdown()
+    server.server_close()
+
+
+def write_index(tmp_path, basedir, relpaths):
+    (tmp_path / "index.json").write_text(json.dumps({"basedir": basedir, "relpaths": relpaths}))
+    return tmp_path / "index.json"
+
+
+def test_download_vpt(tmp_path, store, capsys):
+    """Fails if a download doesn't go on where it broke off, keeps a part or an error page, gives up
+    at once, or fetches twice."""
+    base, server = store
+    film, text = b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 40, b'{"mouse": null}\n' * 300
+    for stem in ("10.0/a-1", "10.0/b-2", "10.0/c-3", "6.9/d-4"):
+        server.files |= {f"/x/data/{stem}.mp4": film, f"/x/data/{stem}.jsonl": text}
+    server.faults = {"/x/data/10.0/a-1.mp4": ["drop", "drop"], "/x/data/10.0/a-1.jsonl": [503],
+                     "/x/data/10.0/b-2.mp4": ["drop", "whole"]}
+    server.files["/x/data/10.0/c-3.mp4"] = b"<?xml version='1.0'?><Error>gone</Error>"
+    del server.files["/x/data/6.9/d-4.jsonl"]
+    names = ["data/10.0/a-1.mp4", "data/10.0/b-2", "data/10.0/c-3.mp4", "data/6.9/d-4.mp4"]
+    index, out = write_index(tmp_path, f"{base}/x/data/", names), tmp_path / "out"
+    data.download_vpt(index, out, 4)
+    kept = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert kept == {"10.0/a-1.mp4": film, "10.0/a-1.jsonl": text, "10.0/b-2.mp4": film,
+                    "10.0/b-2.jsonl": text, "10.0/c-3.jsonl": text}
+    asked = [wanted for path, wanted in server.log if path == "/x/data/10.0/a-1.mp4"]
+    assert asked == [None, "bytes=1000-", "bytes=2000-"]
+    said = capsys.readouterr().out
+    assert "c-3.mp4: skipped: an error page" in said and "d-4.mp4: skipped: answer 404" in said
+    assert "2 segments, 2 skipped" in said
+    server.log.clear()
+    data.download_vpt(write_index(tmp_path, f"{base}/x/", names), out, 2)     # the other form
+    assert not server.log
+    data.download_vpt(write_index(tmp_path, f"{base}/x/data", ["10.0/a-1"]), tmp_path / "new", 9)
+    assert (tmp_path / "new/10.0/a-1.mp4").read_bytes() == film
+
+
+@pytest.mark.parametrize("relpath", ["../../etc/x", "10.0/../../x", "/etc/x", "10.0/.x", "10.0//x",
+                                     "10.0/a?b=c", "10.0/a\\b", ""])
+def test_download_writes_nothing_outside_its_folder(tmp_path, store, relpath, capsys):
+    """Fails if a path of the index leads out of --out, or changes the address."""
+    base, server = store
+    data.download_vpt(write_index(tmp_path, base, [relpath]), tmp_path / "out", 1)
+    assert not server.log and "unsafe name" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.rglob("*")] == ["index.json"]
+
+
+def test_download_errors_are_one_line(tmp_path, monkeypatch):
+    """Fails if the index is evaluated as code, or a missing network or index gives a traceback."""
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError, match="no connection.*network.*do:"):
+        data.download_vpt(write_index(tmp_path, "http://127.0.0.1:9", ["a"]), tmp_path / "o", 1)
+    for text in ('__import__("os").mkdir("evaluated")', "{}", '{"basedir": "file:///etc/", '
+                 '"relpaths": ["passwd"]}', '{"basedir": 3, "relpaths": []}'):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(UserError, match="index file of VPT"):
+            data.download_vpt(tmp_path / "index.json", tmp_path / "o", 1)
+    assert not Path("evaluated").exists()
+    with pytest.raises(UserError, match="index file of VPT"):
+        data.download_vpt(tmp_path / "none.json", tmp_path / "o", 1)
+
+
+def test_minecraft_presets_on_the_meta_device():
+    """Fails if a preset can't be built, or has not the paper's sizes, or `minecraft` needs more
+    than 80 GB by the formula."""
+    _, configs = train.parse(["--preset", "paper"])
+    rows = [[x.strip() for x in row.split("|")[1:-1]] for row in train.sizes(configs).splitlines()]
+    number = lambda i, j: float(rows[2 + i][j].replace(",", ""))
+    assert abs(number(0, 1) / 400e6 - 1) < 0.05 and abs(number(1, 1) / 1.6e9 - 1) < 0.05
+    tok, dyn = configs["tokenizer"], configs["dynamics"]
+    assert (tok["latents"], tok["channels"], tok["pack"]) == (512, 16, 2)   # 256 x 32 packed
+    assert number(0, 2) == 960 + 512 and number(1, 2) == 1 + 1 + 256 + 32 + 1
+    assert dyn["context"] == 192 and dyn["heads"] == 4 * dyn["kv_heads"]
+    assert (configs["train"]["length"], configs["train"]["long_length"]) == (64, 256)
+    assert "GFLOPs" in train.sizes(configs)
+    rows = [[x.strip() for x in row.split("|")[1:-1]]
+            for row in train.sizes(train.parse(["--preset", "minecraft"])[1]).splitlines()]
+    assert 10 < number(0, 6) < 70 and 10 < number(1, 6) < 70
+
+
+@pytest.mark.parametrize("sizes", [(128, 8, 2, 24, 40), (128, 2, 2, 64, 8)])
+def test_activation_memory_agrees_with_the_formula(sizes):
+    """Fails if the table's formula is off by more than an eighth from what autograd keeps."""
+    dim, heads, kv_heads, S, T = sizes
+    model = Transformer(TokenizerConfig(dim=dim, heads=heads, kv_heads=kv_heads, context=T + 1), 4)
+    weights, kept, tensors = {p.data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(x):
+        copy = x.ndim == 2 and x.dtype == torch.bfloat16 and 2 * T * S not in x.shape
+        if x.data_ptr() not in weights and not copy:    # bf16 copies of weights: STATE_BYTES
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            tensors.append(x)                           # so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, T, S, dim, requires_grad=True), torch.ones(S, S).bool())
+    formula = train.transformer_costs(model, S, T)[1]
+    assert abs(sum(kept.values()) / (2 * T) / formula - 1) < 0.125
+
+
+def vpt_play(rng, n):
+    """Lines of a player who mines a log now and then."""
+    stats, lines = {"minecraft.mine_block:minecraft.oak_log": 3}, []
+    for t in range(n):
+        if rng.random() < 0.1:
+            stats = {k: v + 1 for k, v in stats.items()}
+        lines.append(vpt_line(t, " ".join(rng.choice(list("wasd"), 2)), rng.choice(2, 1).tolist(),
+                              dx=float(rng.normal(0, 20)), stats=stats, gui=bool(t % 9 == 8)))
+    return lines
+
+
+@pytest.mark.slow
+def test_minecraft_end_to_end(tmp_path, monkeypatch):
+    """Fails if generated recordings can't be imported, trained on by all four stages and judged in
+    MineRL's interface through the shipped adapter."""
+    rng = np.random.default_rng(0)
+    for part, n in (("in", 6), ("held", 2)):
+        for i in range(n):
+            write_segment(tmp_path / part, vpt_play(rng, 60), None, f"P-{i}")
+        data.import_vpt(tmp_path / part, tmp_path / f"{part}_set", (32, 32), workers=2)
+    train_here(monkeypatch, tmp_path, "--data.env", MINE, "--data.path", "in_set",
+               "--data.reference", "held_set", "--run", "mine", "--tokenizer.patch", "8")
+    results = json.loads((tmp_path / "runs/mine/results.json").read_text())
+    assert {"ladder_bc", "ladder_rl", "success_rl_mine_log", "dream_psnr_db_h16"} <= set(results)
+    assert results["success_random_mine_log"]["value"] > 0
+    assert load_run(tmp_path / "runs/mine").spec == data.minecraft_spec(32, 32)
+    train_here(monkeypatch, tmp_path, "--data.env", "minerl:32x32", "--data.path", "in_set",
+               "--data.reference", "held_set", "--run", "blind", "--tokenizer.patch", "8",
+               "--data.eval_episodes", "0")                         # without MineRL
+    results = json.loads((tmp_path / "runs/blind/results.json").read_text())
+    assert "dream_psnr_db_h1" in results and "ladder_bc" not in results
+
+
+@pytest.mark.slow
+def test_mutated_lines_are_reported_not_fatal(tmp_path):
+    """Fails if one of 10,000 damaged lines crashes the reader, or one that it stops at is not
+    named. Control: some are harmless, some are not."""
+    rng, reported = np.random.default_rng(0), 0
+    good = [json.dumps(line).encode() for line in vpt_play(rng, 40)]
+    odd = [b"null", b"NaN", b"-1e999", b"[]", b"{}", b'"x"', b"1" + b"0" * 400, b"[[0]]", b"true",
+           b"\xff\x00", b"[" * 5000, b"9" * 5000]
+    for trial in range(500):
+        lines = list(good[:20])
+        for i in range(20):
+            line = bytearray(lines[i])
+            kind = rng.integers(4)
+            if kind == 0:                                       # a byte
+                line[rng.integers(len(line))] = rng.integers(256)
+            elif kind == 1:                                     # cut off
+                line = line[:rng.integers(len(line))]
+            elif kind == 2:                                     # a value
+                values = list(re.finditer(rb": ([^,{}\[\]]+)", bytes(line)))
+                a, b = values[rng.integers(len(values))].span(1)
+                line[a:b] = odd[rng.integers(len(odd))]
+            else:                                               # a piece moved
+                a, b, c = np.sort(rng.integers(len(line), size=3))
+                line = line[:a] + line[b:c] + line[a:b] + line[c:]
+            path = tmp_path / "x.jsonl"
+            text = bytes(line).replace(b"\n", b" ")
+            path.write_bytes(b"\n".join([*lines[:i], text, *lines[i + 1:]]) + b"\n")
+            columns, cursors, starts, total, fault = data.read_lines(path)
+            n = len(columns["binary"]) if "binary" in columns else 0
+            whole = 20 if text.strip() else 19
+            assert total == whole and (n == total) == (fault is None)
+            assert fault is None or f"x.jsonl, line {n + 1}: " in fault and "\n" not in fault
+            assert len(cursors) == n and all(0 <= s < n for s in starts)
+            assert n == 0 or (columns["categorical"] < 121).all()
+            reported += fault is not None
+    assert 2000 < reported < 9000
+
+
+@pytest.mark.slow
+def test_damaged_videos_are_reported_not_fatal(tmp_path):
+    """Fails if one of 100 cut or corrupted videos crashes or hangs the import, or one that isn't
+    imported whole goes unnamed."""
+    rng, lines = np.random.default_rng(0), [vpt_line(t) for t in range(20)]
+    whole = write_segment(tmp_path / "in", lines, name="whole").read_bytes()
+    for i in range(100):
+        film = bytearray(whole)
+        if i % 2:
+            film = film[:rng.integers(len(film))]
+        else:
+            for place in rng.integers(len(film), size=rng.integers(1, 40)):
+                film[place] = rng.integers(256)
+        (tmp_path / "in" / f"bad{i:02d}.mp4").write_bytes(film)
+        write_lines(tmp_path / "in" / f"bad{i:02d}.jsonl", lines)
+    dataset = data.import_vpt(tmp_path / "in", tmp_path / "out", (16, 32), workers=2)
+    skipped = data.read_about(tmp_path / "out")["settings"]["skipped"]
+    assert len(dataset.lengths) + len(skipped) == 101 and len(skipped) >= 50
+    assert all(reason and "\n" not in reason for reason in skipped.values())
+    assert set(dataset.lengths) <= {19, 20}
