@@ -10,6 +10,7 @@ Time: row t holds the action that LED TO frame t, and what was received on reach
 """
 import argparse
 import collections
+import errno
 import functools
 import hashlib
 import heapq
@@ -905,12 +906,14 @@ class Counters:
 
 
 @functools.lru_cache(8)
-def area_weights(n_in, n_out):
-    """Source index and weight (taps, n_out) of each output pixel's area, along one axis."""
+def area_weights(axis, n_in, n_out):
+    """[(source index (n_out,), weight that fits (H, W, 3))] of each output pixel's area."""
     edge = np.arange(n_out + 1) * n_in / n_out
     index = edge[:-1].astype(int) + np.arange(-(-n_in // n_out) + 1)[:, None]
     weight = (np.minimum(index + 1, edge[1:]) - np.maximum(index, edge[:-1])).clip(0)
-    return np.minimum(index, n_in - 1), (weight / weight.sum(0)).astype(np.float32)
+    weight = (weight / weight.sum(0)).astype(np.float32)
+    return [(np.minimum(i, n_in - 1), w[:, None, None] if axis == 0 else w[:, None])
+            for i, w in zip(index, weight, strict=True) if w.any()]
 
 
 def fit_frame(frame, height, width):
@@ -920,9 +923,10 @@ def fit_frame(frame, height, width):
         return np.pad(frame, ((0, 24), (0, 0), (0, 0)))
     if frame.shape[:2] == (height, width):
         return np.ascontiguousarray(frame)
-    rows, columns = zip(*area_weights(frame.shape[0], height)), area_weights(frame.shape[1], width)
-    frame = sum(frame[i] * w[:, None, None] for i, w in rows)
-    return (sum(frame[:, i] * w[:, None] for i, w in zip(*columns)) + 0.5).astype(np.uint8)
+    for axis, n in enumerate((height, width)):
+        frame = sum(np.take(frame, i, axis) * w
+                    for i, w in area_weights(axis, frame.shape[axis], n))
+    return (frame + 0.5).astype(np.uint8)
 
 
 @functools.lru_cache(1)
@@ -992,14 +996,13 @@ def read_lines(path, scale=1.0):
             actions.append(from_minerl(action)), cursors.append(cursor), events.append(rises > 0)
             last_slot, last_clock = slot, clock
     n, starts = len(actions), sorted(s for s in starts if s < len(actions))
-    columns = {"labelled": np.ones(n, bool), "events": np.array(events, np.uint8).reshape(n, -1)}
-    columns["continues"] = 1 - columns["events"][:, -1:].reshape(n)
-    columns["events"] = columns["events"][:, :-1]
+    events = np.array(events, np.uint8).reshape(n, len(COUNTERS))
+    columns = {"labelled": np.ones(n, bool), "events": events[:, :-1]}
     for k in ("binary", "categorical") if n else ():
         columns[k] = np.stack([actions[max(t - 1, 0)][k] for t in range(n)])
-    for column in (columns[k] for k in columns if k != "continues"):
-        column[starts] = 0                                    # the row before isn't the one before
-    return columns, cursors, starts, total, fault
+    for column in columns.values():
+        column[starts] = 0                                    # what led there is not in the file
+    return {**columns, "continues": 1 - events[:, -1]}, cursors, starts, total, fault
 
 
 def video_frames(path, fps=None):
@@ -1072,7 +1075,9 @@ def import_one(video, folder, size, fps=None):
             raise ValueError(f"{count} frames for {total} lines")
         if max(pieces.values()) < 2:
             raise ValueError(f"{count} frames")
-    except (*BROKEN, OSError, RuntimeError) as error:         # of ffmpeg, of the disk
+    except (*BROKEN, OSError, RuntimeError) as error:         # of ffmpeg: without a number
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise UserError(f"got {error}; need room; do: make some, the same command goes on")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         pieces = {i: 0 for i in pieces}
     finally:
