@@ -578,8 +578,8 @@ def sizes(configs):
             ("dynamics", count(dynamics), S_dyn, dyn[0], long,
              max(train["batch"] * train["length"], 2 * train["long_length"])),
             ("agent's heads", count(agent), 0, 2 * count(agent), 0, 0)]
-    table = ["| model | parameters | tokens a frame | forward GFLOPs a frame | activations MB a frame"
-             " | frames in a step | memory of a step, GB |", "|" + "---|" * 7]
+    table = ["| model | parameters | tokens a frame | forward GFLOPs a frame | "
+             "activations MB a frame | frames in a step | memory of a step, GB |", "|" + "---|" * 7]
     table += [f"| {name} | {n:,} | {tokens} | {flops / 1e9:,.1f} | {memory / 1e6:,.0f} | {frames} "
               f"| {(STATE_BYTES * n + memory * frames) / 1e9:,.0f} |"
               for name, n, tokens, flops, memory, frames in rows]
