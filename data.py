@@ -1114,30 +1114,31 @@ def guess_frames(video, fps):
     return round(head.count(b"\n") * size / max(len(head), 1)) + 1
 
 
-def import_files(videos, out, size, workers=0, fps=None):
+def import_files(videos, out, size, workers=0, fps=None, lone=()):
     """Import videos into one dataset, in parallel; goes on if interrupted. Returns the Dataset.
 
-    What can't be imported is named in one line, with the reason, and left out.
+    What can't be imported is named in one line, with the reason, and left out; so is lone
+    {file: reason}, which the caller has named.
     """
     out, spec = Path(out), minecraft_spec(*size)
     names = [part_name(video) for video in videos]
     settings = {"size": list(size), "fps": fps,
                 "videos": hashlib.sha256(" ".join(names).encode()).hexdigest()}
-    old, parts = {"settings": settings, "complete": False}, out / "parts"
+    old, parts, reports = {"settings": settings, "complete": False}, out / "parts", {}
     if (out / "dataset.json").is_file():
         old = read_about(out)
+    numbered = any(out.glob("episode_*.npy"))                 # then no video may come or go
     for key in (k for k in settings if settings[k] != old["settings"].get(k)):
-        if key != "videos" or old["complete"]:
+        if key != "videos" or numbered:
             raise UserError(f"got other {key} than {out} was begun with; need the same; do: use "
                             "another --out")
     if old["complete"]:
         print(f"{out} is complete")
         return Dataset(out)
-    reports = {}
     for video, name in zip(videos, names, strict=True):
         if (parts / f"{name}.json").is_file():
             reports[video] = json.loads((parts / f"{name}.json").read_text())
-    todo = [v for v in videos if v not in reports or reports[v]["skipped"]]    # try those again
+    todo = [v for v in videos if v not in reports or reports[v]["skipped"] and not numbered]
     need = sum(guess_frames(v, fps) for v in todo) * (3 * spec.height * spec.width + 48)
     parts.mkdir(parents=True, exist_ok=True)
     print(f"{out}: {len(todo)} of {len(videos)} videos to import, about {need / 1e6:.0f} MB",
@@ -1173,6 +1174,7 @@ def import_files(videos, out, size, workers=0, fps=None):
               for i in reports[video]["pieces"]]
     skipped = {r["video"]: r["skipped"] for r in reports.values() if r["skipped"]}
     cut = sum(bool(r["fault"]) for r in reports.values() if not r["skipped"])
+    whole, skipped = len(videos) - cut - len(skipped), {**dict(lone), **skipped}
     if not pieces:
         raise UserError(f"got {len(videos)} videos, none of which can be imported; need one; do: "
                         "see the reasons above")
@@ -1181,26 +1183,27 @@ def import_files(videos, out, size, workers=0, fps=None):
             os.replace(piece, episode_path(out, index))
     finish_dataset(out, spec, {**settings, "skipped": skipped})
     shutil.rmtree(parts)
-    print(f"{out}: {len(videos) - len(skipped) - cut} videos whole, {cut} cut short, "
-          f"{len(skipped)} skipped; {len(pieces)} episodes", flush=True)
+    print(f"{out}: {whole} videos whole, {cut} cut short, {len(skipped)} skipped; {len(pieces)} "
+          "episodes", flush=True)
     return Dataset(out)
 
 
 def import_vpt(src, out, size, part="all", workers=0):
     """Import the segments (NAME.mp4 and NAME.jsonl) in a folder and below it."""
-    both = {path.with_suffix("") for path in Path(src).rglob("*.jsonl")}
-    found = {path.with_suffix("") for path in Path(src).rglob("*.mp4")}
-    for stem in sorted(both ^ found):
-        print(f"{stem}: skipped: no {'.mp4' if stem in both else '.jsonl'} beside it")
+    lines, films = ({path.with_suffix("") for path in Path(src).rglob(f"*{ending}")}
+                    for ending in (".jsonl", ".mp4"))
+    lone = {str(stem): f"no {'.mp4' if stem in lines else '.jsonl'}" for stem in lines ^ films}
+    for stem in sorted(lone):
+        print(f"{stem}: skipped: {lone[stem]} beside it")
 
     def session(stem):                                        # its segments stay on one side
         return zlib.crc32(re.sub(r"-\d{8}-\d{6}$", "", stem.name).encode()) % 20
-    videos = [stem.with_name(stem.name + ".mp4") for stem in sorted(both & found)
+    videos = [stem.with_name(stem.name + ".mp4") for stem in sorted(lines & films)
               if part == "all" or (part == "reference") == (session(stem) == 0)]
     if not videos:
         raise UserError(f"got no segments ({part}) in {src}; need NAME.mp4 with NAME.jsonl; do: "
                         "correct --src, or 'python data.py download-vpt'")
-    return import_files(videos, out, size, workers)
+    return import_files(videos, out, size, workers, None, lone)
 
 
 def import_video(videos, out, size, fps=20.0, workers=0):

@@ -1786,7 +1786,7 @@ def test_import_vpt_command(tmp_path):
     assert code == 0, error
     assert "5 of 5 videos to import, about 0 MB" in out and "lonely: skipped: no .mp4" in out
     assert "5 frames for 10 lines" in out and "line 11" in out and "cut.mp4: skipped: " in out
-    assert "2 videos whole, 1 cut short, 2 skipped; 4 episodes" in out
+    assert "2 videos whole, 1 cut short, 3 skipped; 4 episodes" in out
     dataset = data.Dataset(tmp_path / "out")
     assert dataset.spec == data.minecraft_spec(32, 32)
     assert dataset.lengths.tolist() == [10, 10, 6, 4]
@@ -1829,6 +1829,8 @@ def test_interrupted_import_goes_on(tmp_path, monkeypatch):
         data.Dataset(out)
     marks = {p: p.stat().st_mtime_ns for p in (out / "parts").glob("*.json")}
     assert len(marks) == 3 and len(moves) == 2
+    with pytest.raises(UserError, match="other videos"):             # numbers would shift
+        data.import_files(videos[1:], out, (16, 16), 1)
     again = data.import_files(videos, out, (16, 16), 1)
     assert again.fingerprint == whole.fingerprint
 
