@@ -837,7 +837,7 @@ SEGMENT = 6000                                                # ticks of 50 ms, 
 GAP_MS, GAP_TICKS = 500, 10                                   # more between two lines is a pause
 GUI_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}     # mouse, by recorder version
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-RETRY_SECONDS = 2.0                                           # doubles with each of five attempts
+RETRY_SECONDS = 1.0                                           # doubles with each of five attempts
 
 
 def parse_size(text):
@@ -1216,10 +1216,12 @@ def import_video(videos, out, size, fps=20.0, workers=0):
 def fetch(url, path, first):
     """Download url to path, going on from path.part -> None, or why there is nothing to keep.
     first: pattern of the content's first bytes, which an error page doesn't have."""
-    part, failure = path.with_name(path.name + ".part"), None
+    part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(5):
-        time.sleep(RETRY_SECONDS * 2 ** attempt if attempt else 0)
+        if attempt:
+            tqdm.write(f"{url}: trying again ({failure})")
+            time.sleep(RETRY_SECONDS * 2 ** attempt)
         have = part.stat().st_size if part.exists() else 0
         head = {"User-Agent": "dreamer4-mini", **({"Range": f"bytes={have}-"} if have else {})}
         try:
@@ -1230,16 +1232,18 @@ def fetch(url, path, first):
                 with open(part, "ab" if have else "wb") as file:
                     shutil.copyfileobj(answer, file, 1 << 20)
         except urllib.error.HTTPError as error:
-            failure = None
+            failure, offline = f"answer {error.code}", False
             if error.code == 416:                             # nothing is left: begin again
                 part.unlink()
             elif error.code not in (408, 429, 500, 502, 503, 504):
-                return f"answer {error.code}"
+                return failure
             continue
         except (OSError, http.client.HTTPException) as error:
-            failure = error
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise UserError(f"got {error}; need room; do: make some, the same command goes on")
+            failure, offline = error, True
             continue
-        failure = None
+        failure, offline = "cut off", False
         with open(part, "rb") as file:
             good = re.match(first, file.read(16), re.DOTALL)
         if good and part.stat().st_size == size:
@@ -1248,10 +1252,10 @@ def fetch(url, path, first):
             part.unlink()
         if not good:
             return "an error page"
-    if failure:
+    if offline:
         raise UserError(f"got no connection for {url} ({failure}); need the network; do: try later,"
                         " the same command goes on")
-    return "no whole answer in five attempts"
+    return f"{failure}, five times"
 
 
 def download_vpt(index, out, limit):

@@ -2057,6 +2057,7 @@ def test_download_vpt(tmp_path, store, capsys):
                     "10.0/b-2.jsonl": text, "10.0/c-3.jsonl": text}
     asked = [wanted for path, wanted in server.log if path == "/x/data/10.0/a-1.mp4"]
     assert asked == [None, "bytes=1000-", "bytes=2000-"]
+    assert [path for path, _ in server.log].count("/x/data/6.9/d-4.jsonl") == 1      # no retry
     said = capsys.readouterr().out
     assert "c-3.mp4: skipped: an error page" in said and "d-4.mp4: skipped: answer 404" in said
     assert "2 segments, 2 skipped" in said
