@@ -49,6 +49,7 @@ from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
 HORIZONS = (1, 4, 8, 16, 32, 64)
 REFERENCE_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 30_000, 40_000
+FILM = 1000                 # most frames of an episode's GIF
 
 
 # --------------------------------------------------------------------- intervals, results.json
@@ -99,8 +100,10 @@ def add_results(folder, command, entries):
 
 # ---------------------------------------------------------------------------- the world model
 
-def reference_set(env, episodes=40, length=300, workers=0):
-    """Recorded play that is never trained on, recorded at the first call."""
+def reference_set(env, episodes=40, length=300, workers=0, path=""):
+    """Recorded play that is never trained on: the dataset at path, or recorded at first."""
+    if path:
+        return Dataset(path)
     path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
     if not (path / "dataset.json").exists():
         print(f"Recording the reference set into {path}.")
@@ -856,7 +859,8 @@ def bench(device, dtype="auto"):
     rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
     for k in (1, 4):
         note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
-        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=tokenizer, repeats=60), "frames/s")
+        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=tokenizer, repeats=60),
+             "frames/s")
         note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
     note("dream_b64_c16_k4_decoded", rate(64, 16, tokenizer=tokenizer), "frames/s")
     note("uncached_b1_c64_k4", rate(1, 64, cached=False, repeats=8), "frames/s")
@@ -964,9 +968,9 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
             for step in tqdm(range(1, length + 1), desc=f"{len(seeds)} episodes", leave=False):
                 actions = actor.act() if run else spec.actions.sample(rng, N)
                 frames, events, terminal = worlds.step(actions)
-                first = np.where(events & np.isinf(first), step, first)
+                first = np.where((events > 0) & np.isinf(first), step, first)
                 changed = ladder.advance(events)
-                film.append(frames[0])
+                film += [frames[0]] if len(film) < FILM else []
                 if terminal.all():
                     break
                 if run:
@@ -1641,7 +1645,7 @@ def open_run(args, settings, device):
     if run.dynamics and args.k:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
-                              args.workers)
+                              args.workers, settings.get("reference", ""))
 
 
 def main():

@@ -5,6 +5,7 @@ A docstring says what the test fails on; each negative claim has a positive cont
 import base64
 import copy
 import hashlib
+import http.server
 import json
 import math
 import os
@@ -2161,3 +2162,776 @@ def test_game_in_a_real_browser(chromium, server, tmp_path):
     page.select_option("#start", "nothing"), page.click("#reset")
     until("document.getElementById('real_world').hidden && !busy")
     assert not errors
+
+
+# ---------------------------------------------------- real Minecraft: VPT recordings, MineRL
+
+def vpt_line(t, keys="", buttons=(), new=(), dx=0.0, dy=0.0, gui=False, x=640.0, y=360.0, **more):
+    """A tick as OpenAI's recorder 6.13 writes it. more: other fields; None leaves one out."""
+    line = {"mouse": {"x": x, "y": y, "dx": dx, "dy": dy, "scaledX": 0.0, "scaledY": 0.0,
+                      "dwheel": 0.0, "buttons": list(buttons), "newButtons": list(new)},
+            "keyboard": {"keys": [f"key.keyboard.{k}" for k in keys.split()], "newKeys": [],
+                         "chars": ""},
+            "isGuiOpen": gui, "isGuiInventory": gui, "hotbar": 0, "yaw": 0.5 * t, "pitch": 1.0,
+            "xpos": 0.0, "ypos": 64.0, "zpos": 0.0, "tick": t, "milli": 1.6e12 + 50 * t,
+            "inventory": [{"type": "oak_log", "quantity": 1}], "serverTick": 9000 + t,
+            "serverTickDurationMs": 3.0, "stats": {"minecraft.custom:minecraft.jump": 7 + t}}
+    return {k: v for k, v in {**line, **more}.items() if v is not None}
+
+
+def vpt_frame(t, height=360, width=640):
+    """Twelve grey bars that spell t in binary, so that H.264 can't hide which frame it is."""
+    bars = np.where((t >> np.arange(12)) & 1, 210, 60).astype(np.uint8)
+    return np.broadcast_to(bars.repeat(width // 12 + 1)[None, :width, None], (height, width, 3))
+
+
+def frame_numbers(frames):
+    """(T, H, W, 3) at any size -> the t of vpt_frame (T,)."""
+    height, width = frames.shape[1:3]
+    middle = ((np.arange(12) + 0.5) * (640 // 12 + 1) * width / 640).astype(int)
+    bars = frames[:, height // 2, middle]
+    return ((bars.mean(-1) > 135) << np.arange(12)).sum(1)
+
+
+def write_lines(path, lines, tail=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + tail)
+    return path
+
+
+def write_segment(folder, lines, frames=None, name="Player-0123456789ab-20220101-120000",
+                  tail=b"", **how):
+    """NAME.jsonl and NAME.mp4 (H.264, by default one frame more than lines) -> the mp4's path."""
+    path = write_lines(folder / f"{name}.jsonl", lines, tail).with_suffix(".mp4")
+    with imageio.get_writer(path, fps=20, macro_block_size=8, **how) as film:
+        for t in range(len(lines) + 1 if frames is None else frames):
+            film.append_data(np.ascontiguousarray(vpt_frame(t)))
+    return path
+
+
+def keys_of(columns):
+    """Names of the keys pressed in each row."""
+    return [{name for name, on in zip(data.BUTTONS, row, strict=True) if on}
+            for row in columns["binary"]]
+
+
+def read_vpt(tmp_path, lines, scale=1.0, tail=b""):
+    return data.read_lines(write_lines(tmp_path / "a.jsonl", lines, tail), scale)
+
+
+def import_pieces(folder, out, size=(32, 64), **how):
+    """import_vpt without worker processes -> report of the first segment and its pieces' rows."""
+    out.mkdir(exist_ok=True)
+    video = sorted(folder.rglob("*.mp4"))[0]
+    report = data.import_one(video, out, size, **how)
+    return report, [np.load(out / f"{data.part_name(video)}_{i}.npy") for i in report["pieces"]]
+
+
+def test_vpt_camera_bins_agree_with_the_published_centres_and_edges():
+    """Fails if mu, the range, the rounding or the order of pitch and yaw are others."""
+    centres = np.array([-10, -5.809, -3.215, -1.609, -0.615, 0, 0.615, 1.609, 3.215, 5.809, 10])
+    edges = np.array([0.271, 1.053, 2.317, 4.358, 7.655])
+    edges = np.concatenate([-edges[::-1], edges])
+    pairs = data.camera_degrees(np.arange(121))
+    assert np.abs(pairs[:, 0] - centres.repeat(11)).max() < 1e-3            # pitch is the tens
+    assert np.abs(pairs[:, 1] - np.tile(centres, 11)).max() < 1e-3
+    x = np.random.default_rng(0).uniform(-14, 14, (10_000, 2))
+    clear = np.abs(x[..., None] - edges).min((1, 2)) > 1e-3                 # the facts' precision
+    wanted = np.searchsorted(edges, x)
+    assert (data.camera_class(x) == 11 * wanted[:, 0] + wanted[:, 1])[clear].all()
+    assert clear.mean() > 0.99 and data.camera_class([0.0, 0.0]) == 60
+    assert data.camera_class([50.0, -50.0]) == 110                          # clipped
+
+
+def test_minerl_mapping_and_back_is_the_identity():
+    """Fails if a key is lost or moved, or a bin's centre lies in another bin."""
+    spec = data.minecraft_spec()
+    actions = spec.actions.sample(np.random.default_rng(0), 10_000)
+    commands = [data.to_minerl({k: v[i] for k, v in actions.items()}) for i in range(10_000)]
+    assert list(commands[0]) == """ESC attack back drop forward hotbar.1 hotbar.2 hotbar.3 hotbar.4
+        hotbar.5 hotbar.6 hotbar.7 hotbar.8 hotbar.9 inventory jump left pickItem right sneak sprint
+        swapHands use camera""".split()
+    assert commands[0]["camera"].dtype == np.float32 and type(commands[0]["use"]) is int
+    back = [data.from_minerl(command) for command in commands]
+    for k in actions:
+        assert (np.stack([b[k] for b in back]) == actions[k]).all()
+
+
+def test_vpt_line_acts_on_its_frame_and_is_stored_with_the_next(tmp_path):
+    """Fails if actions are off by one against the frames, or row 0 has an action."""
+    presses = ["w", "", "s q", "left.shift 9", "", "f escape", "d"]
+    lines = [vpt_line(t, keys, dx=20.0 * t) for t, keys in enumerate(presses)]
+    write_segment(tmp_path / "in", lines)
+    report, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out")
+    assert frame_numbers(rows["frames"]).tolist() == list(range(7))
+    assert keys_of(rows) == [set(), {"forward"}, set(), {"back", "drop"}, {"sneak", "hotbar.9"},
+                             set(), {"swapHands", "ESC"}]
+    yaw = data.camera_class(np.stack([np.zeros(7), 3.0 * np.arange(7)], -1))
+    assert rows["categorical"][:, 0].tolist() == [0, *yaw[:6]] and len(set(yaw[:6])) > 3
+    assert rows["labelled"].tolist() == [False] + [True] * 6 and rows["continues"].all()
+    assert report["skipped"] is report["fault"] is None
+
+
+@pytest.mark.parametrize("more", [-2, -1, 0, 1, 2])
+def test_vpt_extra_frame(tmp_path, more):
+    """Quirk 1. Fails if the recorder's extra last frame is kept, or a difference of more than one
+    is not refused with a reason."""
+    write_segment(tmp_path / "in", [vpt_line(t) for t in range(9)], 9 + more)
+    report, pieces = import_pieces(tmp_path / "in", tmp_path / "out")
+    if abs(more) > 1:
+        assert f"{9 + more} frames for 9 lines" in report["skipped"] and not pieces
+        assert not list((tmp_path / "out").glob("*"))
+    else:
+        assert frame_numbers(pieces[0]["frames"]).tolist() == list(range(9 + min(more, 0)))
+
+
+def test_vpt_frames_are_counted_not_timed(tmp_path):
+    """Quirk 1. Fails if frames are repeated or dropped to fill gaps in the video's time stamps."""
+    gap = ["-vf", "setpts=if(gt(N\\,4)\\,N+9\\,N)/(20*TB)", "-fps_mode", "vfr"]
+    path = write_segment(tmp_path / "in", [vpt_line(t) for t in range(9)], output_params=gap)
+    assert sum(1 for _ in data.video_frames(path)) == 10
+    assert sum(1 for _ in data.video_frames(path, 20)) > 15          # control: there is a gap
+    _, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out")
+    assert frame_numbers(rows["frames"]).tolist() == list(range(9))
+
+
+def test_vpt_stuck_attack(tmp_path):
+    """Quirk 2. Fails if a button held since before the segment counts until it is pressed anew."""
+    held = [vpt_line(t, buttons=[0, 1], new=[0] if t in (0, 4) else []) for t in range(6)]
+    columns = read_vpt(tmp_path, held)[0]
+    assert [("attack" in k) for k in keys_of(columns)] == [False] * 5 + [True]
+    assert all("use" in k for k in keys_of(columns)[1:])
+    held[0]["mouse"]["newButtons"] = []                              # control: not stuck
+    assert all("attack" in k for k in keys_of(read_vpt(tmp_path, held)[0])[1:])
+
+
+def test_vpt_hotbar_by_wheel(tmp_path):
+    """Quirk 3. Fails if a scroll gives no key, gives it a tick late, or a segment that starts on
+    another slot gives a false one."""
+    slots = [4, 4, 4, 7, 7, 0]
+    columns = read_vpt(tmp_path, [vpt_line(t, hotbar=s) for t, s in enumerate(slots)])[0]
+    assert keys_of(columns) == [set(), set(), set(), {"hotbar.8"}, set(), {"hotbar.1"}]
+    old = read_vpt(tmp_path, [vpt_line(t, "3", hotbar=None) for t in range(3)])[0]
+    assert keys_of(old) == [set(), {"hotbar.3"}, {"hotbar.3"}]
+
+
+def test_vpt_cursor_is_drawn_where_a_screen_is_open(tmp_path):
+    """Quirk 4. Fails if the cursor is missing, elsewhere, drawn after the resize, or drawn while
+    no screen is open."""
+    lines = [vpt_line(t, gui=t > 2, x=100.0 + 100 * t, y=400.0) for t in range(6)]
+    write_segment(tmp_path / "in", lines)
+    _, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out", (360, 640))
+    flat = np.broadcast_to(rows["frames"][:, 100:101], rows["frames"].shape)
+    changed = np.abs(rows["frames"].astype(int) - flat).max(-1) > 30
+    assert not changed[:3].any()
+    for t in range(3, 6):
+        y, x = np.argwhere(changed[t]).T
+        assert (y.min(), x.min()) == (200, 50 + 50 * t) and y.max() < 216 and x.max() < 66 + 50 * t
+    _, (small,) = import_pieces(tmp_path / "in", tmp_path / "out", (90, 160))
+    for t in (1, 4):                                                 # a mean over 4x4 pixels
+        wanted = rows["frames"][t].reshape(90, 4, 160, 4, 3).mean((1, 3))
+        assert np.abs(small["frames"][t] - wanted).max() <= 1
+    frame = np.zeros((360, 640, 3), np.uint8)
+    for x, y in ((1279, 719), (-5, 3), (5000, 3), (1e300, 0)):       # at and beyond the edges
+        assert data.draw_cursor(frame, x, y).shape == frame.shape
+
+
+def test_vpt_small_motion_is_kept(tmp_path):
+    """Quirk 5. Fails if degrees are truncated: motion under 7 counts would vanish."""
+    motion = [2.0, -2.0, 6.0, 7.0, 1.0, 0.0]
+    columns = read_vpt(tmp_path, [vpt_line(t, dy=m) for t, m in enumerate(motion)])[0]
+    assert (columns["categorical"][1:, 0] // 11).tolist() == [6, 4, 6, 6, 5]
+    assert (columns["categorical"][1:, 0] % 11 == 5).all()
+
+
+@pytest.mark.parametrize("version, factor", [("5.7", 0.5), ("6.9", 2), ("6.10", 1), ("10.0", 1)])
+def test_vpt_gui_motion_is_scaled_by_version(tmp_path, version, factor):
+    """Quirk 6. Fails if old recorders' motion in screens isn't rescaled, or other motion is."""
+    lines = [vpt_line(t, dx=18.0, gui=t % 2 == 1) for t in range(4)]
+    write_segment(tmp_path / "in" / version, lines)
+    _, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out")
+    wanted = data.camera_class([[0, 2.7], [0, 2.7 * factor], [0, 2.7]])
+    assert rows["categorical"][1:, 0].tolist() == wanted.tolist()
+
+
+def test_vpt_escape_closes_a_screen(tmp_path):
+    """Quirk 7. Fails if ESC in an open screen isn't `inventory`, or is so elsewhere."""
+    lines = [vpt_line(t, "escape", gui=t == 1) for t in range(4)]
+    assert keys_of(read_vpt(tmp_path, lines)[0]) == [set(), {"ESC"}, {"inventory"}, {"ESC"}]
+
+
+@pytest.mark.parametrize("field, jump", [("milli", 4000), ("milli", -900), ("serverTick", 40)])
+def test_vpt_pauses_cut_the_segment(tmp_path, field, jump):
+    """Quirk 8. Fails if frames on both sides of a pause make one sequence. Control: a late tick."""
+    lines = [vpt_line(t, "w") for t in range(12)]
+    for line in lines[5:]:
+        line[field] += jump
+    write_segment(tmp_path / "in", lines)
+    report, pieces = import_pieces(tmp_path / "in", tmp_path / "out")
+    assert [frame_numbers(p["frames"]).tolist() for p in pieces] == [[0, 1, 2, 3, 4],
+                                                                     [5, 6, 7, 8, 9, 10, 11]]
+    for piece in pieces:
+        assert piece["labelled"].tolist() == [False] + [True] * (len(piece) - 1)
+        assert not piece["binary"][0].any() and piece["continues"].all()
+    late = [vpt_line(t, milli=1.6e12 + 130 * t) for t in range(4)]
+    assert read_vpt(tmp_path, late)[2] == [0]
+    old = [vpt_line(t, milli=None, serverTick=None) for t in range(4)]
+    assert read_vpt(tmp_path, old)[2] == [0]
+
+
+def test_vpt_null_actions_are_kept(tmp_path):
+    """Quirk 9. Fails if ticks without action, or with null mouse or keyboard, are dropped: time
+    would jump."""
+    lines = [vpt_line(t, mouse=None, keyboard=None) for t in range(5)]
+    for line in lines:
+        line["mouse"] = line["keyboard"] = None
+    columns, _, _, total, fault = read_vpt(tmp_path, lines)
+    assert len(columns["binary"]) == total == 5 and fault is None
+    assert (columns["categorical"][1:] == 60).all() and not columns["binary"].any()
+
+
+def test_vpt_camera_comes_from_motion_not_from_positions(tmp_path):
+    """Quirk 10. Fails if the cursor's jump to the centre, when a screen closes, turns the view."""
+    lines = [vpt_line(0, gui=True, x=10.0, y=700.0), vpt_line(1), vpt_line(2, yaw=170.0)]
+    assert (read_vpt(tmp_path, lines)[0]["categorical"][1:] == 60).all()
+
+
+def test_vpt_events_are_rises_over_the_first_statistics(tmp_path):
+    """Quirk 11. Fails if a counter's earlier life counts, a rise is given late, early or twice, or
+    an empty line in between forgets the counters."""
+    log, stone = "minecraft.mine_block:minecraft.oak_log", "minecraft.mine_block:minecraft.stone"
+    spruce = "minecraft.mine_block:minecraft.stripped_spruce_log"
+    stats = [{}, {log: 3}, {log: 3}, {log: 5}, {}, {log: 5, stone: 1},
+             {log: 5, stone: 1, spruce: 2}]
+    columns = read_vpt(tmp_path, [vpt_line(t, stats=s) for t, s in enumerate(stats)])[0]
+    tasks = data.minecraft_spec().tasks
+    got = [(t, tasks[i]) for t, i in np.argwhere(columns["events"])]
+    assert got == [(3, "mine_log"), (5, "mine_cobblestone"), (6, "mine_log")]
+
+
+def test_minecraft_tasks_and_their_statistics():
+    """Fails if a task is missing, a statistic belongs to two, or the ladder asks for no task."""
+    spec = data.minecraft_spec()
+    assert len(spec.tasks) == 20 and "death" not in spec.tasks and len(spec.ladder) == 25
+    assert spec.ladder[0] == ("mine_log", 10) and spec.ladder[-1] == ("mine_diamond", 0)
+    assert set(spec.rungs) | {t for t, _ in spec.ladder} <= set(spec.tasks)
+    for name, task in {"mine_block:minecraft.jungle_log": "mine_log",
+                       "craft_item:minecraft.warped_planks": "craft_planks",
+                       "custom:minecraft.interact_with_furnace": "open_furnace",
+                       "use_item:minecraft.crafting_table": "place_crafting_table",
+                       "use_item:minecraft.iron_pickaxe": "use_iron_pickaxe",
+                       "craft_item:minecraft.iron_ingot": "craft_iron_ingot"}.items():
+        assert spec.tasks[data.COUNTER_OF[f"minecraft.{name}"]] == task
+    assert "minecraft.mine_block:minecraft.oak_leaves" not in data.COUNTER_OF
+
+
+def test_vpt_unknown_keys_are_ignored(tmp_path):
+    """Quirk 12. Fails if F3, tab or a fourth mouse button become another key."""
+    lines = [vpt_line(t, "f3 tab t unknown", buttons=[3, 4]) for t in range(3)]
+    assert not read_vpt(tmp_path, lines)[0]["binary"].any()
+
+
+@pytest.mark.parametrize("tail, total, fault", [
+    (b'{"mouse": {"x": 1', 7, True), (b"\xff\xfe\n", 7, True), (b"\n\n", 6, False)])
+def test_vpt_broken_last_line(tmp_path, tail, total, fault):
+    """Quirk 13. Fails if a half-written line ends the import, or is left out silently."""
+    lines = [vpt_line(t) for t in range(6)]
+    text = json.dumps(lines[2]).encode().replace(b'"chars": ""', b'"chars": "\xe9\x80"')
+    path = write_segment(tmp_path / "in", lines, total + 1, tail=tail).with_suffix(".jsonl")
+    path.write_bytes(path.read_bytes().replace(json.dumps(lines[2]).encode(), text))
+    report, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out")
+    assert len(rows) == 6 and report["skipped"] is None
+    assert (report["fault"] is not None) == fault
+    assert not fault or f"{path}, line 7" in report["fault"]
+
+
+def test_vpt_death_ends_an_episode(tmp_path):
+    """Quirk 14. Fails if the frame of a death isn't terminal, or the next life goes on in it."""
+    deaths = "minecraft.custom:minecraft.deaths"
+    lines = [vpt_line(t, "w", stats={deaths: 2 + (t >= 4)}) for t in range(9)]
+    write_segment(tmp_path / "in", lines)
+    _, pieces = import_pieces(tmp_path / "in", tmp_path / "out")
+    assert [p["continues"].tolist() for p in pieces] == [[1, 1, 1, 1, 0], [1, 1, 1, 1]]
+    assert frame_numbers(pieces[1]["frames"]).tolist() == [5, 6, 7, 8]
+
+
+def test_vpt_without_statistics_has_no_events(tmp_path):
+    """Quirk 15. Fails if BASALT's stripped lines can't be read."""
+    bare = [{k: vpt_line(t, "w")[k] for k in ("mouse", "keyboard", "isGuiOpen")} for t in range(4)]
+    columns, _, starts, _, fault = read_vpt(tmp_path, bare)
+    assert not columns["events"].any() and starts == [0] and fault is None
+    assert keys_of(columns)[1:] == [{"forward"}] * 3
+
+
+def test_frames_are_averaged_over_areas_or_padded():
+    """Fails if the resize drops pixels, or the paper's 384 rows are not 360 and a black border."""
+    frame = np.random.default_rng(0).integers(0, 256, (360, 640, 3), dtype=np.uint8)
+    tall = data.fit_frame(frame, 384, 640)
+    assert (tall[:360] == frame).all() and not tall[360:].any() and tall.shape == (384, 640, 3)
+    assert (data.fit_frame(frame, 360, 640) == frame).all()
+    fine = frame.astype(float).repeat(16, 0)                         # 5760 = 128 * 45 rows
+    wanted = fine.reshape(128, 45, 128, 5, 3).mean((1, 3))
+    assert np.abs(data.fit_frame(frame, 128, 128) - wanted).max() <= 0.51
+    assert data.fit_frame(frame[:5, :7], 32, 32).shape == (32, 32, 3)
+
+
+def test_import_vpt_command(tmp_path):
+    """Fails if bytes, progress, skips, the summary or the dataset of the whole command are wrong,
+    or it does work twice."""
+    folder, words = tmp_path / "in", ["import-vpt", "--src", tmp_path / "in", "--out",
+                                      tmp_path / "out", "--size", "32x32", "--workers", 2]
+    stats = [{"minecraft.mine_block:minecraft.oak_log": 3 + (t > 7)} for t in range(10)]
+    for i, frames in enumerate((None, None, 5, None)):
+        lines = [vpt_line(t, "w", stats=stats[t]) for t in range(10)]
+        for line in lines[6:] if i == 3 else []:
+            line["milli"] += 60_000
+        write_segment(folder / "10.0", lines, frames, f"P-{i:012x}-20220101-1200{i:02d}",
+                      b"{oops\n" if i == 1 else b"")
+    write_lines(folder / "10.0" / "lonely.jsonl", [vpt_line(0)])
+    (folder / "10.0" / "cut.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    write_lines(folder / "10.0" / "cut.jsonl", [vpt_line(0)])
+    code, out, error = command(*words)
+    assert code == 0, error
+    assert "5 of 5 videos to import, about 0 MB" in out and "lonely: skipped: no .mp4" in out
+    assert "5 frames for 10 lines" in out and "line 11" in out and "cut.mp4: skipped: " in out
+    assert "2 videos whole, 1 cut short, 3 skipped; 4 episodes" in out
+    dataset = data.Dataset(tmp_path / "out")
+    assert dataset.spec == data.minecraft_spec(32, 32)
+    assert dataset.lengths.tolist() == [10, 10, 6, 4]
+    assert frame_numbers(dataset.episode(1)["frames"]).tolist() == list(range(10))
+    episode, start, task = dataset.sample(np.random.default_rng(0), 50, 4, relevant=True)
+    assert set(task) == {dataset.spec.tasks.index("mine_log")}
+    assert (start <= 8).all() and (start + 3 >= np.where(episode == 3, 2, 8)).all()
+    assert not (tmp_path / "out" / "parts").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npy")}
+    code, out, _ = command(*words)
+    assert code == 0 and "is complete" in out
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npy")}
+    code, _, error = command(*words[:-3], "16x16")
+    assert code == 2 and "got other size" in error
+    for words in (["import-vpt", "--src", tmp_path / "none", "--out", tmp_path / "x"],
+                  ["import-video", tmp_path / "none.mp4", "--out", tmp_path / "x"]):
+        code, _, error = command(*words)
+        assert code == 2 and "none" in error and len(error.splitlines()) == 1
+
+
+def test_interrupted_import_goes_on(tmp_path, monkeypatch):
+    """Fails if whole segments are imported again, or pieces that were already moved are lost."""
+    for i in range(3):
+        write_segment(tmp_path / "in", [vpt_line(t) for t in range(6)], None, f"P{i}")
+    videos, out = sorted((tmp_path / "in").glob("*.mp4")), tmp_path / "out"
+    whole = data.import_files(videos, tmp_path / "whole", (16, 16), 1)
+    real, moves = os.replace, []
+
+    def breaks(a, b):
+        if Path(b).name.startswith("episode") and len(moves) == 2:
+            raise KeyboardInterrupt
+        moves.extend([b] if Path(b).name.startswith("episode") else [])
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        data.import_files(videos, out, (16, 16), 1)
+    monkeypatch.setattr(os, "replace", real)
+    with pytest.raises(UserError, match="incomplete"):
+        data.Dataset(out)
+    marks = {p: p.stat().st_mtime_ns for p in (out / "parts").glob("*.json")}
+    assert len(marks) == 3 and len(moves) == 2
+    with pytest.raises(UserError, match="other videos"):             # numbers would shift
+        data.import_files(videos[1:], out, (16, 16), 1)
+    again = data.import_files(videos, out, (16, 16), 1)
+    assert again.fingerprint == whole.fingerprint
+
+
+def test_full_disk_ends_an_import(tmp_path, monkeypatch):
+    """Fails if a full disk counts as a fault of every segment, which would end up left out."""
+    write_segment(tmp_path / "in", [vpt_line(t) for t in range(4)])
+    monkeypatch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(UserError, match="full.*make some"):
+        import_pieces(tmp_path / "in", tmp_path / "out")
+
+
+def test_import_parts_split_by_session(tmp_path, monkeypatch):
+    """Fails if segments of one session are trained on and judged by, or one is in no part."""
+    names = [f"P-{s:012x}-20220101-12{m:02d}00" for s in range(90) for m in range(2)]
+    for name in names:
+        write_lines(tmp_path / f"{name}.jsonl", []), (tmp_path / f"{name}.mp4").touch()
+    monkeypatch.setattr(data, "import_files", lambda videos, *_: {v.stem for v in videos})
+    train_, reference = (data.import_vpt(tmp_path, "out", (8, 8), part)
+                         for part in ("train", "reference"))
+    assert train_ | reference == set(names) and not train_ & reference and reference
+    assert not {n[:14] for n in train_} & {n[:14] for n in reference}
+
+
+def test_import_video_is_unlabelled(tmp_path):
+    """Fails if plain videos count as labelled play, or are not brought to the wanted rate."""
+    for name, fps in (("a", 20), ("b", 10)):
+        with imageio.get_writer(tmp_path / f"{name}.mp4", fps=fps, macro_block_size=8) as film:
+            for t in range(16):
+                film.append_data(np.ascontiguousarray(vpt_frame(t, 96, 128)))
+    code, out, error = command("import-video", tmp_path / "a.mp4", tmp_path / "b.mp4", "--out",
+                               tmp_path / "out", "--size", "32x64", "--workers", 1)
+    assert code == 0, error
+    dataset = data.Dataset(tmp_path / "out")
+    assert dataset.lengths.tolist() == [16, 32] and dataset.spec == data.minecraft_spec(32, 64)
+    episode = dataset.episode(0)
+    assert not episode["labelled"].any() and not episode["events"].any()
+    assert episode["continues"].all() and "about 0 MB" in out
+
+
+def test_readers_of_recordings_use_no_torch():
+    """Fails if data.py needs torch: importing runs many processes, MineRL's has no room for it."""
+    script = "import sys, data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPO).returncode == 0
+
+
+class FakeMineRL:
+    """HumanSurvival's interface: each tick of attack mines a log; from three logs on, use opens a
+    crafting table; 30 ticks forward in a row kill. Refuses what MineRL refuses."""
+
+    def __init__(self):
+        self.next_seed, self.seeds, self.stats, self.commands = None, [], {}, []
+        self.broken = False
+
+    def seed(self, number):
+        self.next_seed = number
+
+    def observation(self):
+        pov = np.full((360, 640, 3), self.stats["mine_block"]["oak_log"], np.uint8)
+        pov[:, :64] = self.steps
+        return {"pov": pov, "inventory": {}, "life_stats": {"life": np.array(20.0)},
+                **{kind: {k: np.array(float(n)) for k, n in names.items()}
+                   for kind, names in self.stats.items()}}
+
+    def reset(self):
+        self.seeds.append(self.next_seed)
+        self.next_seed, self.steps, self.forward = None, 0, 0
+        self.stats = {kind: {} for kind in ("craft_item", "use_item", "pickup", "drop")}
+        self.stats |= {"mine_block": {"oak_log": 3, "stone": 0},
+                       "custom": {"deaths": 0, "interact_with_crafting_table": 0}}
+        return self.observation()
+
+    def step(self, command):
+        assert set(command) == {*data.BUTTONS, "camera"} and command["camera"].shape == (2,)
+        assert command["camera"].dtype == np.float32 and not command["ESC"]
+        self.commands.append(command)
+        self.steps += 1
+        self.stats["mine_block"]["oak_log"] += 2 * command["attack"]
+        self.stats["custom"]["interact_with_crafting_table"] += command["use"]
+        self.forward = (self.forward + 1) * command["forward"]
+        self.stats["custom"]["deaths"] += self.forward >= 30
+        info = {"error": "the game is gone"} if self.broken else {}
+        return self.observation(), 0.0, bool(info), info
+
+
+class TinyMineRL(data.MineRL):
+    """The shipped adapter around the fake."""
+
+    def __init__(self):
+        super().__init__(32, 32)
+
+    def make_game(self):
+        return FakeMineRL()
+
+
+MINE = f"{__name__}:TinyMineRL"
+
+
+def press(*names, camera=60):
+    action = data.minecraft_spec().actions.zeros()
+    action["binary"][[data.BUTTONS.index(name) for name in names]] = 1
+    action["categorical"][0] = camera
+    return action
+
+
+def test_minerl_adapter(capsys):
+    """Fails if seeding, keys, camera, events, ESC, death, the limit or a broken game are wrong."""
+    env = data.make_env(MINE)
+    tasks = env.spec.tasks
+    assert env.reset(5).shape == (32, 32, 3) and env.game.seeds == [5]
+    frame, events, terminal = env.step(press("attack", "ESC", camera=120))
+    sent = env.game.commands[-1]
+    assert sent["attack"] == 1 and sent["camera"].tolist() == [10, 10]
+    assert events[tasks.index("mine_log")] == 2 and events.sum() == 2 and not terminal
+    assert frame[5, 20].tolist() == [5] * 3
+    events = env.step(press("use"))[1]                               # not the logs again
+    assert [tasks[i] for i in np.flatnonzero(events)] == ["open_crafting_table"]
+    deaths = [env.step(press("forward"))[2] for _ in range(30)]
+    assert deaths == [False] * 29 + [True]
+    env.reset(6)
+    assert env.game.seeds == [5, 6] and not env.step(press())[1].any()
+    shown = env.step(press("attack"))[0]
+    env.game.broken = True
+    frame, events, terminal = env.step(press("attack"))
+    assert terminal and not events.any() and (frame == shown).all()
+    assert "the game is gone" in capsys.readouterr().err
+    env.game.broken = bool(env.reset(7) is None)
+    env.steps = env.limit - 2
+    assert [env.step(press())[2] for _ in range(2)] == [False, True] and env.limit == 72_000
+
+
+def test_missing_minerl_says_how_to_install_it(tmp_path):
+    """Fails if a missing MineRL gives a traceback, or its spec can't be had without it."""
+    code, _, error = command("record", "--env", "minerl", "--out", tmp_path / "x")
+    assert code == 2 and "pip install git+" in error and len(error.splitlines()) == 1
+    code, _, error = command("record", "--env", "minerl:12", "--out", tmp_path / "x")
+    assert code == 2 and "HEIGHTxWIDTH" in error
+    assert data.env_spec("minerl:384x640") == data.minecraft_spec(384, 640)
+    assert data.env_spec("minerl") == data.minecraft_spec() and data.env_spec(PAINT).name == "paint"
+
+
+def test_ladder_counts_items_and_recordings_count_events(monkeypatch):
+    """Fails if four planks of one craft count as one prompt's step, or as a reward of four."""
+    class Pipe:
+        """The parent of env_worker: fresh frames, then five times attack."""
+        both = {k: np.stack([x] * 2) for k, x in press("attack").items()}
+        asks, answers = [EOFError, *[both] * 5, None], []
+
+        def recv(self):
+            ask = self.asks.pop()
+            if ask is EOFError:
+                raise EOFError
+            return ask
+
+        def send(self, answer):
+            self.answers.append([x.copy() for x in answer])
+
+    monkeypatch.setattr(data.signal, "signal", lambda *_: None)
+    data.env_worker(Pipe(), MINE, [1, 2])
+    ladder = play.Ladder(data.minecraft_spec(32, 32), 2)
+    advanced = [ladder.advance(events) for _, events, _ in Pipe.answers[1:]]
+    assert np.array(advanced).all(1).tolist() == [False] * 4 + [True]       # 5 times 2 logs
+    columns = data.play_episode(TinyMineRL(), 0, 0, 12, None)
+    assert np.array(columns[2]).any() and np.array(columns[2]).max() == 1
+
+
+class Store(http.server.BaseHTTPRequestHandler):
+    """A web store with Range, and with faults: {path: [fault of the first request, ...]}."""
+    files, faults, log = {}, {}, []
+
+    def do_GET(self):
+        body, start = self.files.get(self.path), 0
+        fault = self.faults.get(self.path, []).pop(0) if self.faults.get(self.path) else None
+        self.log.append((self.path, self.headers.get("Range")))
+        if fault == 503 or body is None:
+            self.send_response(fault or 404)
+            self.end_headers()
+            return self.wfile.write(b"<?xml version='1.0'?><Error><Code>NotFound</Code></Error>")
+        if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) and fault != "whole":
+            start = int(match[1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start: start + 1000] if fault == "drop" else body[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """-> address and handler of a store on this machine."""
+    Store.files, Store.faults, Store.log = {}, {}, []
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Store
+    server.shutdown()
+    server.server_close()
+
+
+def write_index(tmp_path, basedir, relpaths):
+    (tmp_path / "index.json").write_text(json.dumps({"basedir": basedir, "relpaths": relpaths}))
+    return tmp_path / "index.json"
+
+
+def test_download_vpt(tmp_path, store, capsys):
+    """Fails if a download doesn't go on where it broke off, keeps a part or an error page, gives up
+    at once, or fetches twice."""
+    base, server = store
+    film, text = b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 40, b'{"mouse": null}\n' * 300
+    for stem in ("10.0/a-1", "10.0/b-2", "10.0/c-3", "6.9/d-4"):
+        server.files |= {f"/x/data/{stem}.mp4": film, f"/x/data/{stem}.jsonl": text}
+    server.faults = {"/x/data/10.0/a-1.mp4": ["drop", "drop"], "/x/data/10.0/a-1.jsonl": [503],
+                     "/x/data/10.0/b-2.mp4": ["drop", "whole"]}
+    server.files["/x/data/10.0/c-3.mp4"] = b"<?xml version='1.0'?><Error>gone</Error>"
+    del server.files["/x/data/6.9/d-4.jsonl"]
+    names = ["data/10.0/a-1.mp4", "data/10.0/b-2", "data/10.0/c-3.mp4", "data/6.9/d-4.mp4"]
+    index, out = write_index(tmp_path, f"{base}/x/data/", names), tmp_path / "out"
+    data.download_vpt(index, out, 4)
+    kept = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert kept == {"10.0/a-1.mp4": film, "10.0/a-1.jsonl": text, "10.0/b-2.mp4": film,
+                    "10.0/b-2.jsonl": text, "10.0/c-3.jsonl": text}
+    asked = [wanted for path, wanted in server.log if path == "/x/data/10.0/a-1.mp4"]
+    assert asked == [None, "bytes=1000-", "bytes=2000-"]
+    assert [path for path, _ in server.log].count("/x/data/6.9/d-4.jsonl") == 1      # no retry
+    said = capsys.readouterr().out
+    assert "c-3.mp4: skipped: an error page" in said and "d-4.mp4: skipped: answer 404" in said
+    assert "2 segments, 2 skipped" in said
+    server.log.clear()
+    data.download_vpt(write_index(tmp_path, f"{base}/x/", names), out, 2)     # the other form
+    assert not server.log
+    data.download_vpt(write_index(tmp_path, f"{base}/x/data", ["10.0/a-1"]), tmp_path / "new", 9)
+    assert (tmp_path / "new/10.0/a-1.mp4").read_bytes() == film
+
+
+@pytest.mark.parametrize("relpath", ["../../etc/x", "10.0/../../x", "/etc/x", "10.0/.x", "10.0//x",
+                                     "10.0/a?b=c", "10.0/a\\b", ""])
+def test_download_writes_nothing_outside_its_folder(tmp_path, store, relpath, capsys):
+    """Fails if a path of the index leads out of --out, or changes the address."""
+    base, server = store
+    data.download_vpt(write_index(tmp_path, base, [relpath]), tmp_path / "out", 1)
+    assert not server.log and "unsafe name" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.rglob("*")] == ["index.json"]
+
+
+def test_download_errors_are_one_line(tmp_path, monkeypatch):
+    """Fails if the index is evaluated as code, or a missing network or index gives a traceback."""
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError, match="no connection.*network.*do:"):
+        data.download_vpt(write_index(tmp_path, "http://127.0.0.1:9", ["a"]), tmp_path / "o", 1)
+    for text in ('__import__("os").mkdir("evaluated")', "{}", '{"basedir": "file:///etc/", '
+                 '"relpaths": ["passwd"]}', '{"basedir": 3, "relpaths": []}'):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(UserError, match="index file of VPT"):
+            data.download_vpt(tmp_path / "index.json", tmp_path / "o", 1)
+    assert not Path("evaluated").exists()
+    with pytest.raises(UserError, match="index file of VPT"):
+        data.download_vpt(tmp_path / "none.json", tmp_path / "o", 1)
+
+
+def test_minecraft_presets_on_the_meta_device():
+    """Fails if a preset can't be built, has not the paper's sizes, needs more than 80 GB by the
+    formula (`minecraft`), or the README's table says something else."""
+    tables, readme = {}, (REPO / "README.md").read_text()
+    for preset in ("paper", "minecraft"):
+        _, configs = train.parse(["--preset", preset])
+        tables[preset] = [[x.strip() for x in row.split("|")[1:-1]]
+                          for row in train.sizes(configs).splitlines()[2:4]]
+        assert all(f"| {' | '.join(row)} |" in readme for row in tables[preset])
+    assert all(10 < float(row[6]) < 70 for row in tables["minecraft"])
+    number = lambda i, j: float(tables["paper"][i][j].replace(",", ""))
+    _, configs = train.parse(["--preset", "paper"])
+    assert abs(number(0, 1) / 400e6 - 1) < 0.05 and abs(number(1, 1) / 1.6e9 - 1) < 0.05
+    tok, dyn = configs["tokenizer"], configs["dynamics"]
+    assert (tok["latents"], tok["channels"], tok["pack"]) == (512, 16, 2)   # 256 x 32 packed
+    assert number(0, 2) == 960 + 512 and number(1, 2) == 1 + 1 + 256 + 32 + 1
+    assert dyn["context"] == 192 and dyn["heads"] == 4 * dyn["kv_heads"]
+    assert (configs["train"]["length"], configs["train"]["long_length"]) == (64, 256)
+
+
+@pytest.mark.parametrize("sizes", [(128, 8, 2, 24, 40), (128, 2, 2, 64, 8)])
+def test_activation_memory_agrees_with_the_formula(sizes):
+    """Fails if the table's formula is off by more than an eighth from what autograd keeps."""
+    dim, heads, kv_heads, S, T = sizes
+    model = Transformer(TokenizerConfig(dim=dim, heads=heads, kv_heads=kv_heads, context=T + 1), 4)
+    weights, kept, tensors = {p.data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(x):
+        copy = x.ndim == 2 and x.dtype == torch.bfloat16 and 2 * T * S not in x.shape
+        if x.data_ptr() not in weights and not copy:    # bf16 copies of weights: STATE_BYTES
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            tensors.append(x)                           # so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, T, S, dim, requires_grad=True), torch.ones(S, S).bool())
+    formula = train.transformer_costs(model, S, T)[1]
+    assert abs(sum(kept.values()) / (2 * T) / formula - 1) < 0.125
+
+
+def vpt_play(rng, n):
+    """Lines of a player who mines a log now and then."""
+    stats, lines = {"minecraft.mine_block:minecraft.oak_log": 3}, []
+    for t in range(n):
+        if rng.random() < 0.1:
+            stats = {k: v + 1 for k, v in stats.items()}
+        lines.append(vpt_line(t, " ".join(rng.choice(list("wasd"), 2)), rng.choice(2, 1).tolist(),
+                              dx=float(rng.normal(0, 20)), stats=stats, gui=bool(t % 9 == 8)))
+    return lines
+
+
+@pytest.mark.slow
+def test_minecraft_end_to_end(tmp_path, monkeypatch):
+    """Fails if generated recordings can't be imported, trained on by all four stages and judged in
+    MineRL's interface through the shipped adapter."""
+    rng = np.random.default_rng(0)
+    for part, n in (("in", 6), ("held", 2)):
+        for i in range(n):
+            write_segment(tmp_path / part, vpt_play(rng, 60), None, f"P-{i}")
+        data.import_vpt(tmp_path / part, tmp_path / f"{part}_set", (32, 32), workers=2)
+    train_here(monkeypatch, tmp_path, "--data.env", MINE, "--data.path", "in_set",
+               "--data.reference", "held_set", "--run", "mine", "--tokenizer.patch", "8")
+    results = json.loads((tmp_path / "runs/mine/results.json").read_text())
+    assert {"ladder_bc", "ladder_rl", "success_rl_mine_log", "dream_psnr_db_h16"} <= set(results)
+    assert results["success_random_mine_log"]["value"] > 0
+    assert load_run(tmp_path / "runs/mine").spec == data.minecraft_spec(32, 32)
+    (tmp_path / "runs/mine/results.json").unlink()
+    train_here(monkeypatch, tmp_path, "--data.env", "minerl:32x32", "--data.path", "in_set",
+               "--data.reference", "held_set", "--run", "mine", "--tokenizer.patch", "8",
+               "--data.eval_episodes", "0")                         # judged without MineRL
+    results = json.loads((tmp_path / "runs/mine/results.json").read_text())
+    assert "dream_psnr_db_h1" in results and "ladder_bc" not in results
+
+
+@pytest.mark.slow
+def test_mutated_lines_are_reported_not_fatal(tmp_path):
+    """Fails if one of 10,000 damaged lines crashes the reader, or one that it stops at is not
+    named. Control: some are harmless, some are not."""
+    rng, reported = np.random.default_rng(0), 0
+    good = [json.dumps(line).encode() for line in vpt_play(rng, 40)]
+    odd = [b"null", b"NaN", b"-1e999", b"[]", b"{}", b'"x"', b"1" + b"0" * 400, b"[[0]]", b"true",
+           b"\xff\x00", b"[" * 5000, b"9" * 5000]
+    for trial in range(500):
+        lines = list(good[:20])
+        for i in range(20):
+            line = bytearray(lines[i])
+            kind = rng.integers(4)
+            if kind == 0:                                       # a byte
+                line[rng.integers(len(line))] = rng.integers(256)
+            elif kind == 1:                                     # cut off
+                line = line[:rng.integers(len(line))]
+            elif kind == 2:                                     # a value
+                values = list(re.finditer(rb": ([^,{}\[\]]+)", bytes(line)))
+                a, b = values[rng.integers(len(values))].span(1)
+                line[a:b] = odd[rng.integers(len(odd))]
+            else:                                               # a piece moved
+                a, b, c = np.sort(rng.integers(len(line), size=3))
+                line = line[:a] + line[b:c] + line[a:b] + line[c:]
+            path = tmp_path / "x.jsonl"
+            text = bytes(line).replace(b"\n", b" ")
+            path.write_bytes(b"\n".join([*lines[:i], text, *lines[i + 1:]]) + b"\n")
+            columns, cursors, starts, total, fault = data.read_lines(path)
+            n = len(columns["binary"]) if "binary" in columns else 0
+            whole = 20 if text.strip() else 19
+            assert total == whole and (n == total) == (fault is None)
+            assert fault is None or f"x.jsonl, line {n + 1}: " in fault and "\n" not in fault
+            assert len(cursors) == n and all(0 <= s < n for s in starts)
+            assert n == 0 or (columns["categorical"] < 121).all()
+            reported += fault is not None
+    assert 2000 < reported < 9000
+
+
+@pytest.mark.slow
+def test_damaged_videos_are_reported_not_fatal(tmp_path):
+    """Fails if one of 100 cut or corrupted videos crashes or hangs the import, or one that isn't
+    imported whole goes unnamed."""
+    rng, lines = np.random.default_rng(0), [vpt_line(t) for t in range(20)]
+    whole = write_segment(tmp_path / "in", lines, name="whole").read_bytes()
+    for i in range(100):
+        film = bytearray(whole)
+        if i % 2:
+            film = film[:rng.integers(len(film))]
+        else:
+            for place in rng.integers(len(film), size=rng.integers(1, 40)):
+                film[place] = rng.integers(256)
+        (tmp_path / "in" / f"bad{i:02d}.mp4").write_bytes(film)
+        write_lines(tmp_path / "in" / f"bad{i:02d}.jsonl", lines)
+    dataset = data.import_vpt(tmp_path / "in", tmp_path / "out", (16, 32), workers=2)
+    skipped = data.read_about(tmp_path / "out")["settings"]["skipped"]
+    assert len(dataset.lengths) + len(skipped) == 101 and len(skipped) >= 50
+    assert all(reason and "\n" not in reason for reason in skipped.values())
+    assert set(dataset.lengths) <= {19, 20}

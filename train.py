@@ -26,7 +26,7 @@ from tqdm import tqdm
 import play
 from agent import (STAGES, Agent, AgentConfig, agent_losses, autocast, imagination_losses,
                    imagine_rollout, load_run, pick_device, pick_dtype)
-from data import Dataset, UserError, record, rng_for, run_cli
+from data import Dataset, UserError, env_spec, record, rng_for, run_cli
 from dynamics import Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, lpips_loss, mae_mask,
                        reconstruction_loss, scale_pixels)
@@ -43,8 +43,9 @@ class DataConfig:
     workers: int = 0            # 0: one process per core
     labels: float = 1.0         # share of the episodes, in order, whose actions are known (Fig. 7)
     labels_above: bool = False  # only the actions above ground are known (its Overworld split)
+    reference: str = ""         # dataset that judges, never trained on; default: recorded
     reference_episodes: int = 40
-    eval_episodes: int = 100
+    eval_episodes: int = 100    # 0: the world model alone is judged
     eval_length: int = 500
 
 
@@ -109,16 +110,36 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
             "train.tokenizer_steps": 20000, "train.dynamics_steps": 60000,
             "train.agent_steps": 20000, "train.imagine_steps": 2000, "agent.horizon": 15,
             "train.imagine_batch": 256, "train.lr_matrix": 3e-3, "train.lr": 1e-3},
-    # the paper's sizes, as far as it gives them; never run, and no plan for the memory it takes
-    "paper": {"tokenizer.patch": 16, "tokenizer.dim": 1024, "tokenizer.encoder_layers": 16,
-              "tokenizer.decoder_layers": 16, "tokenizer.heads": 16, "tokenizer.kv_heads": 16,
-              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.pack": 2,
-              "tokenizer.context": 48, "tokenizer.local": False,
-              "tokenizer.mae_max": 0.9, "tokenizer.lpips": 0.2, "dynamics.dim": 1920,
-              "dynamics.layers": 32, "dynamics.heads": 30, "dynamics.kv_heads": 6,
+    # real Minecraft (README, "Minecraft"), both never run: 'minecraft' by --stage sizes fits into
+    # 80 GB; 'paper' has the paper's sizes as far as it gives them, and no plan for the memory
+    "minecraft": {"data.env": "minerl", "data.path": "datasets/minecraft",
+                  "data.reference": "datasets/minecraft_reference", "data.eval_episodes": 10,
+                  "data.eval_length": 72000, "tokenizer.height": 128, "tokenizer.width": 128,
+                  "tokenizer.patch": 8, "tokenizer.dim": 512, "tokenizer.encoder_layers": 8,
+                  "tokenizer.decoder_layers": 8, "tokenizer.heads": 4, "tokenizer.kv_heads": 4,
+                  "tokenizer.latents": 128, "tokenizer.channels": 16, "tokenizer.context": 16,
+                  "tokenizer.mae_max": 0.9, "dynamics.dim": 1024, "dynamics.layers": 16,
+                  "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
+                  "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
+                  "agent.context": 32, "agent.horizon": 15, "train.batch": 16, "train.length": 32,
+                  "train.long_length": 128, "train.imagine_batch": 64,
+                  "train.tokenizer_steps": 100000, "train.dynamics_steps": 200000,
+                  "train.agent_steps": 50000, "train.imagine_steps": 5000,
+                  "train.lr_matrix": 2e-3, "train.lr": 5e-4, "train.warmup": 1000},
+    "paper": {"data.env": "minerl:384x640", "data.path": "datasets/minecraft_384x640",
+              "data.reference": "datasets/minecraft_384x640_reference", "data.eval_episodes": 1000,
+              "data.eval_length": 72000, "tokenizer.height": 384, "tokenizer.width": 640,
+              "tokenizer.patch": 16, "tokenizer.dim": 1024, "tokenizer.encoder_layers": 16,
+              "tokenizer.decoder_layers": 16, "tokenizer.heads": 8, "tokenizer.kv_heads": 8,
+              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.context": 48,
+              "tokenizer.local": False, "tokenizer.mae_max": 0.9, "tokenizer.lpips": 0.2,
+              "dynamics.dim": 2048,
+              "dynamics.layers": 36, "dynamics.heads": 16, "dynamics.kv_heads": 4,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
-              "dynamics.p_boot": 1.0, "agent.bc_level": "uniform", "agent.horizon": 15,
-              "train.length": 64, "train.long_length": 256, "train.tokenizer_length": 64},
+              "dynamics.p_boot": 1.0, "agent.bc_level": "uniform", "agent.hidden": 2048,
+              "agent.horizon": 15, "train.length": 64, "train.long_length": 256,
+              "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
+              "train.warmup": 1000},
 }
 
 
@@ -134,7 +155,8 @@ def parse(argv=None):
     """Command line -> args and {prefix: config dict}: defaults < preset < explicit flags."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--stage", choices=(*STAGES, "all", "sizes"), default="all",
+                        help="sizes: what the models would take, without training")
     parser.add_argument("--preset", choices=PRESETS, default=None,
                         help="default: gpu with CUDA, else cpu")
     parser.add_argument("--run", default=None, help="default: the environment's name")
@@ -381,10 +403,11 @@ def cached_latents(job, tokenizer):
     made_of = {"tokenizer": hashlib.sha256(weights).hexdigest(),
                "dataset": job.dataset.fingerprint}
     if about.exists() and json.loads(about.read_text()) == made_of:
-        return np.load(path)
+        return np.load(path, mmap_mode="r")
     data, cfg = job.dataset, tokenizer.cfg
-    latents = np.zeros((data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack),
-                       np.float16)
+    part = path.with_suffix(".part.npy")            # on disk: it may be larger than the memory
+    latents = np.lib.format.open_memmap(part, "w+", np.float16, (
+        data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack))
     with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
         for i, length in enumerate(data.lengths):
             cache = tokenizer.new_cache()
@@ -396,8 +419,7 @@ def cached_latents(job, tokenizer):
                 first = data.offsets[i] + start
                 latents[first:first + n] = z.cpu().numpy()
                 bar.update(int(n))
-    part = path.with_suffix(".part.npy")
-    np.save(part, latents)
+    latents.flush()
     os.replace(part, path)
     play.write_json(about, made_of)
     return latents
@@ -563,6 +585,58 @@ def train_imagine(job):
 
 # ---------------------------------------------------------------------------------------- main
 
+ACTIVATION_BYTES = (66, 11)     # kept for backward, eager bf16: a channel; a head's pair of tokens
+STATE_BYTES = 16                # of a parameter: itself, gradient, optimizer, bf16 copy
+
+
+def transformer_costs(transformer, S, T):
+    """Of a frame with S tokens in a window of T frames: forward FLOPs, and bytes of activations.
+    FLOPs: 2 for a weight and token, 4 for a channel of a pair of tokens that attends."""
+    flops = memory = 0
+    for block in transformer.blocks:
+        heads, size = block.attention.heads, block.attention.size
+        pairs = {"space": S, "time": T, "dense": S * T}[block.kind]
+        weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
+        flops += S * (2 * weights + 4 * heads * size * pairs)
+        memory += S * (ACTIVATION_BYTES[0] * heads * size + ACTIVATION_BYTES[1] * heads * pairs)
+    return flops, memory
+
+
+def sizes(configs):
+    """Markdown: what a preset's models take, by formula; they are made on the meta device, without
+    memory."""
+    spec, train = env_spec(configs["data"]["env"]), configs["train"]
+    with torch.device("meta"):
+        tok = TokenizerConfig(**configs["tokenizer"])
+        tokenizer = Tokenizer(tok)
+        dynamics = Dynamics(DynamicsConfig(**{
+            **configs["dynamics"], "tokens": tok.latents // tok.pack, "tasks": len(spec.tasks),
+            "channels": tok.channels * tok.pack}), spec.actions)
+        agent = Agent(AgentConfig(**configs["agent"]), dynamics.cfg.dim, spec.actions)
+    S, cfg = tokenizer.patches + tok.latents, dynamics.cfg
+    S_dyn = cfg.action_tokens + 1 + cfg.tokens + cfg.registers + 1
+    parts = [transformer_costs(x, S, min(tok.context, train["tokenizer_length"]))
+             for x in (tokenizer.encoder, tokenizer.decoder)]
+    dyn = transformer_costs(dynamics.transformer, S_dyn, cfg.context)
+    long = transformer_costs(dynamics.transformer, S_dyn, train["long_length"])[1]
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    rows = [("tokenizer", count(tokenizer), S, sum(x[0] for x in parts),
+             transformer_costs(tokenizer.encoder, S, train["tokenizer_length"])[1] +
+             transformer_costs(tokenizer.decoder, S, train["tokenizer_length"])[1],
+             train["tokenizer_batch"] * train["tokenizer_length"]),
+            ("dynamics", count(dynamics), S_dyn, dyn[0], long,
+             max(train["batch"] * train["length"], 2 * train["long_length"])),
+            ("agent's heads", count(agent), 0, 2 * count(agent), 0, 0)]
+    table = ["| model | parameters | tokens a frame | forward GFLOPs a frame | "
+             "activations MB a frame | frames in a step | memory of a step, GB |", "|" + "---|" * 7]
+    table += [f"| {name} | {n:,} | {tokens} | {flops / 1e9:,.1f} | {memory / 1e6:,.0f} | {frames} "
+              f"| {(STATE_BYTES * n + memory * frames) / 1e9:,.0f} |"
+              for name, n, tokens, flops, memory, frames in rows]
+    dream = (cfg.k + 1) * dyn[0] + parts[1][0]
+    return "\n".join([*table, f"A dreamed frame, decoded ({cfg.k} + 1 passes): "
+                      f"{dream / 1e9:,.1f} GFLOPs."])
+
+
 def pictures(job, stage, reference):
     """What a person looks at after a stage."""
     play.picture_curves(job.folder, stage)
@@ -578,6 +652,8 @@ def pictures(job, stage, reference):
 
 def main():
     args, configs = parse()
+    if args.stage == "sizes":
+        return print(sizes(configs))
     begin = time.perf_counter()
     device = pick_device(args.device)
     args.dtype = pick_dtype(device, args.dtype)
@@ -597,7 +673,8 @@ def main():
     seconds = {}
     if not data.path:
         record(data.env, path, data.episodes, data.length, data.seed, data.workers)
-    reference = play.reference_set(data.env, data.reference_episodes, data.length, data.workers)
+    reference = play.reference_set(data.env, data.reference_episodes, data.length, data.workers,
+                                   data.reference)
     seconds["record"] = time.perf_counter() - begin
     job = Job(args, folder, data, TrainConfig(**configs["train"]), configs, device, Dataset(path))
     for stage in STAGES if args.stage == "all" else [args.stage]:
@@ -618,7 +695,8 @@ def main():
         mark = time.perf_counter()
         play.evaluate(["eval", "--run", str(folder), "--episodes", str(data.eval_episodes),
                        "--length", str(data.eval_length), "--workers", str(data.workers),
-                       "--device", args.device, "--dtype", args.dtype])
+                       "--device", args.device, "--dtype", args.dtype,
+                       *["--world-only"] * (data.eval_episodes == 0)])
         seconds["evaluation"] = time.perf_counter() - mark
     total = time.perf_counter() - begin
     if all(stage in seconds for stage in STAGES):       # a rerun that skips stages has no total
