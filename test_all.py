@@ -2004,7 +2004,7 @@ def talk(server, text):
     return int(head.split()[1]) if head.startswith(b"HTTP/1.1 ") else 0, body
 
 
-def http(server, body=b'{"op": "step"}', method="POST", path="/play", **headers):
+def ask_raw(server, body=b'{"op": "step"}', method="POST", path="/play", **headers):
     port = server.server_address[1]
     headers = {"Host": f"127.0.0.1:{port}", "Content-Type": "application/json",
                "Content-Length": len(body)} | {k.replace("_", "-"): v for k, v in headers.items()}
@@ -2018,7 +2018,7 @@ def test_server_is_on_loopback_and_takes_the_next_free_port(server, tmp_path):
     assert host == "127.0.0.1"
     with play.open_server(server.session, port) as second:
         assert second.server_address[0] == "127.0.0.1" and second.server_address[1] > port
-    status, page = http(server, b"", "GET", "/")
+    status, page = ask_raw(server, b"", "GET", "/")
     assert status == 200 and page == (REPO / "assets" / "play.html").read_bytes()
 
 
@@ -2036,10 +2036,10 @@ def test_foreign_hosts_and_origins_are_refused(server, headers, allowed):
     port = str(server.server_address[1])
     headers = {k: v.replace("PORT", port) for k, v in headers.items()}
     before = server.session.t
-    assert http(server, **headers)[0] == (200 if allowed else 403)
+    assert ask_raw(server, **headers)[0] == (200 if allowed else 403)
     assert server.session.t - before == allowed
     if "Origin" not in headers:
-        assert http(server, b"", "GET", "/", **headers)[0] == (200 if allowed else 403)
+        assert ask_raw(server, b"", "GET", "/", **headers)[0] == (200 if allowed else 403)
 
 
 def malformed(rng, i):
@@ -2081,7 +2081,7 @@ def test_bad_requests_and_disconnects_leave_the_server_well(server, tmp_path, ca
     moves = server.session.t
     for i in range(200):
         body, method, path, headers, right = malformed(rng, i)
-        status, _ = http(server, body, method, path, **headers)
+        status, _ = ask_raw(server, body, method, path, **headers)
         assert status in right | {0}, (i, method, path, headers, body[:60], status)
     assert server.session.t == moves
     whole = (f"POST /play HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -2091,7 +2091,7 @@ def test_bad_requests_and_disconnects_leave_the_server_well(server, tmp_path, ca
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         line.sendall(whole[:[0, 9, 40, len(whole) - 3, len(whole)][i % 5]])
         line.close()
-    status, body = http(server)
+    status, body = ask_raw(server)
     assert status == 200 and json.loads(body)["t"] > moves
     assert sorted(tmp_path.rglob("*")) == before
     assert capfd.readouterr().err == ""
@@ -2101,10 +2101,10 @@ def test_a_bug_is_one_line_and_the_server_goes_on(server, monkeypatch, capfd):
     """Fails if an error of our own is silent, or ends the connection without an answer."""
     good = server.session.ops["step"]
     server.session.ops["step"] = lambda request: 1 / 0
-    assert http(server)[0] == 500
+    assert ask_raw(server)[0] == 500
     assert capfd.readouterr().err.startswith("error: ZeroDivisionError")
     server.session.ops["step"] = good
-    assert http(server)[0] == 200
+    assert ask_raw(server)[0] == 200
 
 
 @pytest.fixture
