@@ -179,8 +179,10 @@ def decibel(error):
 
 def ssim(x_hat, x):
     """Structural similarity (Wang et al. 2004) of uint8 (B, T, H, W, 3): (B, T), Gaussian window of
-    11 pixels (sigma 1.5), mean over the windows that lie inside and the channels."""
-    w = torch.exp(-(torch.arange(-5.0, 6) / 1.5) ** 2 / 2).to(x.device)
+    11 pixels (smaller frames: what fits; sigma 1.5), mean over the windows that lie inside and the
+    channels."""
+    half = min(5, (min(x.shape[2:4]) - 1) // 2)
+    w = torch.exp(-(torch.arange(-half, half + 1) / 1.5) ** 2 / 2).to(x.device)
     w = w / w.sum()
 
     def blur(y):
