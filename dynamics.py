@@ -22,7 +22,7 @@ from tokenizer import Cache, Transformer, check_transformer, reader_mask
 @dataclass
 class DynamicsConfig:
     """Sizes and settings of the dynamics; the paper's values in the comments."""
-    tokens: int = 8             # 256 spatial tokens, from the tokenizer
+    tokens: int = 9             # 256 spatial tokens, from the tokenizer
     channels: int = 64          # 32 channels each, from the tokenizer
     tasks: int = 22             # 20, from the dataset
     dim: int = 256
