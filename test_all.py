@@ -1295,8 +1295,8 @@ def test_every_stage_runs_and_resume_equals_an_uninterrupted_run(monkeypatch, wo
             if name == "cut":
                 real, count = train.save, []
 
-                def broken(path, state):
-                    real(path, state)
+                def broken(path, state, keep=None):
+                    real(path, state, keep)
                     count.append(path)
                     if len(count) == 2:                             # after step 6 of 8
                         raise KeyboardInterrupt
