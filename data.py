@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import types
 import zlib
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
@@ -547,7 +548,8 @@ def write_whole(path, write, keep=None):
     part = path.with_suffix(".tmp")
     try:
         with open(part, "wb") as file:
-            write(file)
+            # subtle: given a real file, np.save writes through C and on a full disk says nothing
+            write(types.SimpleNamespace(write=file.write, flush=file.flush))
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():

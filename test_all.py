@@ -3,14 +3,18 @@
 A docstring says what the test fails on; each negative claim has a positive control beside it.
 """
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -1720,7 +1724,7 @@ FAULTS = {
     "long windows too short": (None, (*NEW, "--train.long_length", "8"),
                                "need more than dynamics.context 8"),
     "unknown flag": (None, (*NEW, "--train.stepps", "3"), "unrecognized arguments: --train.stepps"),
-    "no such device": (None, (*NEW, "--device", "abacus"), "Got --device abacus, which torch can't"),
+    "no such device": (None, (*NEW, "--device", "abacus"), "--device abacus, which torch can't"),
     "no such dtype": (None, (*NEW, "--dtype", "int3"), "Got --dtype int3, need auto, bf16, fp16"),
     "replay of nothing": (None, (*NEW, "--replay", "8"), "Got --replay 8 --stage tokenizer, need"),
     "stage before missing": (lambda w, r: (r / "dynamics.pt").unlink(), base("agent", "--resume",
@@ -1730,7 +1734,7 @@ FAULTS = {
     "checkpoint with a changed byte": (lambda w, r: break_file(r / "dynamics.pt", "byte"),
                                        base("dynamics"), "has changed"),
     "checkpoint of another program": (lambda w, r: torch.save({"model": torch.ones(3)}, r /
-                                      "dynamics.pt"), base("dynamics"), "no checkpoint of this code"),
+                                      "dynamics.pt"), base("dynamics"), "no checkpoint of this"),
     "checkpoint of another version": (lambda w, r: edit_checkpoint(r / "dynamics.pt", version=0),
                                       base("dynamics"), "version 0, need 1"),
     "impossible config in a checkpoint": (lambda w, r: edit_checkpoint(r / "tokenizer.pt", config={
@@ -1881,7 +1885,8 @@ def test_unhealthy_metrics_are_warned_about(tmp_path):
 def test_latent_health_by_hand():
     """Fails if the effective rank isn't that of the frames' covariance: n equal directions give n,
     a constant added changes nothing; or saturation isn't counted."""
-    directions = torch.eye(3).repeat(4, 1).view(4, 3, 3) * torch.tensor([1, -1, 1, -1.]).view(4, 1, 1)
+    signs = torch.tensor([1, -1, 1, -1.]).view(4, 1, 1)
+    directions = torch.eye(3).repeat(4, 1).view(4, 3, 3) * signs
     z = 0.5 * directions.reshape(4, 3, 1, 3)                        # (B, T, S, Z)
     for shift in (0.0, 0.4):
         got = train.latent_health(z + shift)
@@ -1929,3 +1934,165 @@ def test_split_rows_give_the_whole_batch_and_its_gradients(tmp_path):
     a, b = (eval(re.search(r"RESULT (\[.*\])", x.stdout)[1]) for x in (one, three))
     assert np.allclose(a[0], b[0], rtol=1e-6) and np.allclose(a[1], b[1], rtol=1e-5, atol=1e-7)
     assert max(map(abs, a[1])) > 0.01 and a[2:] == b[2:] == [True, 15]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(finished, tmp_path):
+    """Fails if a stage's losses under torchrun differ from those of one process by more than 1e-4
+    in 20 steps. At a low rate: Muon rounds to bf16, which at full rate lets a sum's last bit grow
+    to a few 1e-4 within 20 steps (so does any other change of that bit)."""
+    flags = [*TINY, "--dtype", "fp32", "--train.log_every", "1", "--train.lr", "1e-3",
+             "--train.lr_matrix", "1e-3", *(f"--train.{s}_steps=20" for s in STAGES)]
+    flags = [f.replace(KEYS, "test_all:KeyEnv") for f in flags]
+    shutil.copytree(finished / EPISODES, tmp_path / "datasets/test_all_KeyEnv_6x36")
+    (tmp_path / "runs").mkdir()
+    for stage in STAGES[:3]:
+        words = [REPO / "train.py", *flags, "--stage", stage, "--run"]
+        for n, name in enumerate(("one", "two"), 1):
+            run = torchrun(n, *words, name, cwd=tmp_path)
+            assert run.returncode == 0, run.stderr[-2000:]
+        one, two = (metrics_of(tmp_path / "runs" / name, stage) for name in ("one", "two"))
+        assert len(one) == len(two) == 20
+        losses = {"tokenizer": ["mse"], "dynamics": ["dynamics"],
+                  "agent": ["dynamics", "bc", "reward", "continue"]}[stage]
+        worst = {k: max(abs(a[k] / b[k] - 1) for a, b in zip(one, two, strict=True))
+                 for k in losses}
+        print(stage, worst)
+        assert max(worst.values()) < 1e-4 and one[0][losses[0]] != one[-1][losses[0]], worst
+        shutil.copy(tmp_path / f"runs/one/{stage}.pt", tmp_path / f"runs/two/{stage}.pt")
+    run = torchrun(2, REPO / "train.py", *flags, "--stage", "imagine", "--run", "one", cwd=tmp_path)
+    assert run.returncode == 0 and "imagine runs on one process: 1 others leave" in run.stdout
+
+
+def kill_child(folder, flags, how, n):
+    """Runs in a process of its own. how: "half" dies in the middle of its checkpoint number n,
+    "between" after the first of that write's two renames, "" runs until it is killed or done."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    count, whole, replace = [], torch.save, os.replace
+
+    def half(state, file):
+        count.append(file)
+        if len(count) == n:
+            content = io.BytesIO()
+            whole(state, content)
+            file.write(content.getvalue()[:len(content.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(state, file)
+
+    def between(source, target):
+        replace(source, target)
+        count.append(target)
+        if ".old" in str(target) and len(count) >= n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if how == "half":
+        torch.save = half
+    elif how == "between":
+        os.replace = between
+    train_quietly(folder, *flags)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_every_stage_ends_the_same(finished, tmp_path):
+    """Fails if SIGKILL (6 random moments, 2 in the middle of a checkpoint's bytes, 2 between its
+    renames) costs one bit of the metrics or weights of any stage: 40 of 40 must be equal."""
+    server, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    server.set_forkserver_preload(["test_all", "matplotlib.pyplot"])
+    shutil.copytree(finished / "datasets", tmp_path / "datasets")
+    equal = killed = resumed = 0
+
+    def lines(run):
+        path = run / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    for stage in STAGES:
+        flags = ("--stage", stage, "--train.save_every", 1, "--train.log_every", 3,
+                 f"--train.{stage}_steps", 20, "--run")
+        kinds = [("", 0)] + [("", k) for k in range(6)] + [(how, rng.randint(2, 18)) for how in (
+            "half", "half", "between", "between")]
+        for trial, (how, n) in enumerate(kinds):
+            name = f"{stage}{trial}"
+            run = tmp_path / "runs" / name
+            run.mkdir(parents=True)
+            for file in (*FINALS[:STAGES.index(stage)], *FINALS[4:6] * (stage in STAGES[2:])):
+                shutil.copy(finished / "runs/base" / file, run / file)
+            child = server.Process(target=kill_child, args=(tmp_path, (*flags, name), how, n))
+            child.start()
+            if trial and not how:
+                wait = rng.randint(0, 5)                # metrics.jsonl has a line every third step
+                while child.is_alive() and lines(run) < wait:
+                    time.sleep(0.001)
+                time.sleep(rng.random() * (0.3 if wait else 2))
+                child.kill()
+            child.join()
+            killed += trial > 0 and child.exitcode == -9
+            resumed += trial > 0 and any(run.glob(f"{stage}.resume*.pt"))
+            if trial:
+                child = server.Process(target=kill_child, args=(tmp_path, (*flags, name), "", 0))
+                child.start()
+                child.join()
+            assert child.exitcode == 0, (stage, trial, how, n)
+            result = metrics_of(run, stage), torch.load(run / f"{stage}.pt", weights_only=True)
+            if trial == 0:
+                whole = result
+            assert len(whole[0]) == 7                   # steps 3, 6, ..., 18 and 20
+            equal += trial > 0 and whole[0] == result[0] and same_tensors(whole[1], result[1])
+            print(stage, trial, how or "random", "equal so far", equal, "killed", killed, "with a "
+                  "checkpoint", resumed, flush=True)
+            if trial:
+                shutil.rmtree(run)
+    assert equal == 40 and killed >= 36 and resumed >= 24, (equal, killed, resumed)
+
+
+@pytest.mark.slow
+def test_a_really_full_disk_in_recording_latents_and_checkpoints(finished, tmp_path, monkeypatch,
+                                                                 capsys):
+    """Fails if a disk that fills up gives more than one line, damages what was written before, or
+    can't be gone on from once there is room. Needs the right to mount a tmpfs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:
+        pytest.skip("can't mount a tmpfs here")
+    usage = shutil.disk_usage
+
+    def full(folder, room, *flags):
+        """train.py with `room` bytes free on the disk -> its last line; frees the rest after."""
+        filler = disk / "filler"
+        filler.write_bytes(bytes(max(usage(disk).free - room, 0) // 4096 * 4096))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train_quietly(folder, *flags, cli=True)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and "Traceback" not in last, last
+        assert "error: got" in last and ("space" in last.lower() or "written" in last), last
+        assert not list(disk.rglob("*.tmp"))
+        filler.unlink()
+        return last
+
+    try:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage("/"))     # else refused at once
+        (disk / "runs").mkdir()
+        first = "--run", "base", "--stage", "tokenizer", "--train.save_every", 1
+        print(full(disk, 40_000, *first))                           # recording: about 13 kB each
+        kept = sorted((disk / EPISODES).glob("episode*"))
+        assert 1 <= len(kept) < 6 and all(len(data.open_episode(p, KeyEnv().spec)) for p in kept)
+        before = kept[0].stat().st_mtime_ns
+        train_quietly(disk, *first)
+        assert kept[0].stat().st_mtime_ns == before
+        assert (disk / EPISODES / "dataset.json").read_bytes() == (
+            finished / EPISODES / "dataset.json").read_bytes()
+        dynamics = "--run", "base", "--stage", "dynamics", "--train.save_every", 1
+        print(full(disk, 4_096, *dynamics))                         # latents
+        assert not (disk / "runs/base/latents.npy").exists()
+        load_run(disk / "runs/base", "tokenizer")
+        print(full(disk, 450_000, *dynamics))                       # the checkpoint, some steps in
+        state = torch.load(disk / "runs/base/dynamics.resume.pt", weights_only=True)
+        assert 1 <= state["step"] < 8 and np.load(disk / "runs/base/latents.npy").shape[0] > 0
+        train_quietly(disk, *dynamics)
+        a, b = (torch.load(x / "runs/base/dynamics.pt", weights_only=True)
+                for x in (disk, finished))
+        assert same_tensors(a, b)
+    finally:
+        subprocess.run(["umount", disk])
