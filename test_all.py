@@ -2095,4 +2095,4 @@ def test_a_really_full_disk_in_recording_latents_and_checkpoints(finished, tmp_p
                 for x in (disk, finished))
         assert same_tensors(a, b)
     finally:
-        subprocess.run(["umount", disk])
+        subprocess.run(["umount", "-l", disk])

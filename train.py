@@ -258,8 +258,8 @@ def split_rows(*modules):
         begin, end = B * rank() // n, B * (rank() + 1) // n
 
         def whole(x):
-            x = torch.cat([x.new_zeros(k, *x.shape[1:]) if k is not None else x
-                           for k in (begin, None, B - end)])
+            before, after = (x.new_zeros(k, *x.shape[1:]) for k in (begin, B - end))
+            x = torch.cat([before, x, after])
             dist.all_reduce(rows := x.detach().clone())
             return rows + n * (x - x.detach())
 
@@ -491,7 +491,7 @@ def fit(job, stage, modules, loss_fn, names, optimizers, weights=(), made_of=())
             log.add({**losses, **metrics, "grad_norm": norm})
             if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
                 line = log.write(step + 1)
-                for warning in log.warn(line) if step + 1 >= steps // 4 else ():
+                for warning in log.warn(line) if step + 1 >= steps // 4 and rank() == 0 else ():
                     bar.write(warning, sys.stderr)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
                 if step + 1 == start + 2 * cfg.log_every and (job.args.preset, stage) == (
