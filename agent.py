@@ -10,6 +10,7 @@ reaching it, and h[:, t] comes after it. Departures from the paper: README, "Dep
 
 import copy
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import EnvSpec, UserError
+from data import EnvSpec, UserError, check_config
 from dynamics import Dream, Dynamics, DynamicsConfig
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -39,14 +40,12 @@ class AgentConfig:
     pmpo_beta: float = 0.3      # 0.3
 
     def __post_init__(self):
+        check_config("agent", self, zero=("mtp",))
         for name in ("relevant", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
         if self.relevant == 1:
             raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
-        for name in ("hidden", "bins", "context", "horizon"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Got agent.{name} {getattr(self, name)}, need at least 1.")
         if self.bc_level not in ("context", "uniform"):
             raise UserError(f"Got agent.bc_level {self.bc_level!r}, need 'context' or 'uniform'.")
 
@@ -335,6 +334,27 @@ def freeze(module, device, dtype="auto"):
 
 
 STAGES = ("tokenizer", "dynamics", "agent", "imagine")
+VERSION = 1                 # of checkpoints; those without one are of version 1
+READ_ERRORS = (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError, AttributeError,
+               IndexError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint file. UserError where it is damaged, foreign or of another version:
+    torch alone wouldn't notice a changed byte, the sums in the zip file show it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise ValueError(f"{bad} in it has changed")
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state.get("version", 1) != VERSION:
+            raise ValueError(f"version {state['version']}, need {VERSION}; commit "
+                             f"{state.get('commit')} wrote it")
+        return state
+    except READ_ERRORS as error:
+        raise UserError(f"Can't read the checkpoint {path} ({type(error).__name__}: "
+                        f"{(str(error) or '?').splitlines()[0]}): restore it, or train that stage "
+                        "again with --resume no.") from None
 
 
 @dataclass
@@ -366,11 +386,12 @@ def load_run(path, stage=None, device="cpu", dtype=None):
             raise UserError(f"No {stage or 'checkpoint'} in {path}: run 'python train.py --stage "
                             f"{stage or 'all'} --run {path.name}' first.")
         path = path / f"{found[-1]}.pt"
+    state = load_checkpoint(path, device)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
         spec, cfg = EnvSpec.from_json(state["spec"]), state["config"]
         run = Run(path, state["stage"], spec, Tokenizer(TokenizerConfig(**cfg["tokenizer"])),
-                  meta={k: v for k, v in state.items() if k in ("step", "commit", "config")})
+                  meta={k: state[k] for k in ("step", "commit", "config", "dataset", "seconds")
+                        if k in state})
         if "dynamics" in state:
             run.dynamics = Dynamics(DynamicsConfig(**cfg["dynamics"]), spec.actions)
         if "agent" in state:
@@ -382,8 +403,8 @@ def load_run(path, stage=None, device="cpu", dtype=None):
         for module in (run.tokenizer, run.dynamics) if dtype else ():
             if module:
                 freeze(module, device, dtype)
-    except (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError,
-            pickle.UnpicklingError) as error:
-        raise UserError(f"Can't read the checkpoint {path} ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]}): train that stage again.") from None
+    except READ_ERRORS as error:
+        raise UserError(f"Got {path}, which is no checkpoint of this code ({type(error).__name__}: "
+                        f"{(str(error) or '?').splitlines()[0]}): train it again with --resume no, "
+                        "or check out the code that wrote it.") from None
     return run

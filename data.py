@@ -18,18 +18,21 @@ import heapq
 import http.client
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -47,13 +50,45 @@ class UserError(ValueError):
 
 
 def run_cli(main):
-    """Run main(); a UserError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Run main(); what a user can put right becomes one line and exit code 2, Ctrl-C and SIGTERM
+    one line and 130 and 143."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(128 + number)
     try:
+        signal.signal(signal.SIGTERM, stop)
         main()
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("interrupted: the same command goes on", file=sys.stderr) or 130)
+    except OSError as error:
+        sys.exit(print(f"error: got {error}; need room on the disk and the right to write; do: see "
+                       "to it, then the same command goes on", file=sys.stderr) or 2)
+    except KeyboardInterrupt as signalled:
+        n = os.environ.get("WORLD_SIZE")
+        words = [f"torchrun --nproc_per_node {n} --" if n else "python",
+                 shlex.join(sys.argv).replace(" --resume no", "").replace(" --resume=no", "")]
+        print("interrupted: the same command goes on:", *words, file=sys.stderr)
+        sys.exit(*signalled.args or (130,))
+
+
+def check_config(prefix, cfg, zero=()):
+    """UserError where a setting has another type than its default, or is out of range: whole
+    numbers count from 1 (those in `zero` from 0), others are finite and from 0."""
+    for field in fields(cfg):
+        value, kind = getattr(cfg, field.name), field.type
+        low = int(kind is int and field.name not in zero)
+        right = type(value) in (kind, int) if kind is float else type(value) is kind
+        if not right or kind in (int, float) and not low <= value < math.inf:
+            need = f"{kind.__name__} from {low}" if kind in (int, float) else kind.__name__
+            raise UserError(f"Got {prefix}.{field.name} {value!r}, need {need}.")
+
+
+def read_json(path):
+    """The values in a JSON file. UserError where it can't be read."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"got no JSON to read in {path} ({error}); need what training wrote there; "
+                        "do: restore it, or delete it and run the command again") from None
 
 
 def rng_for(seed, stage, step):
@@ -642,13 +677,25 @@ def episode_path(folder, index):
     return Path(folder) / f"episode_{index:05d}.npy"
 
 
-def write_whole(path, write):
-    """Call write(file) on a temporary name; the real name appears when all of it is on disk."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+def write_whole(path, write, keep=None):
+    """Call write(file) on a temporary name; the real name appears when all of it is on disk, and
+    the file of before gets the name `keep`. UserError where the disk is full or read-only: nothing
+    is left of the attempt."""
+    part = path.with_suffix(".tmp")
+    try:
+        with open(part, "wb") as file:
+            # subtle: given a real file, np.save writes through C and on a full disk says nothing
+            write(types.SimpleNamespace(write=file.write, flush=file.flush))
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # RuntimeError: torch.save on a full disk
+        if part.is_file():
+            part.unlink()
+        raise UserError(f"got no room or no right to write {path} ({error}); need both; do: see to "
+                        "it, then the same command goes on from what was written before") from None
 
 
 def write_episode(folder, index, frames, actions, events, continues, labelled=None, probes=None):
@@ -716,17 +763,21 @@ def write_about(folder, spec, settings, **more):
 def read_about(folder):
     try:
         about = json.loads((Path(folder) / "dataset.json").read_text())
-        if about["version"] == VERSION:
-            return about
-        raise ValueError(f"version {about['version']}, not {VERSION}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if about["version"] != VERSION:
+            raise ValueError(f"version {about['version']}, not {VERSION}")
+        needed = {"settings", *(("lengths", "events", "content") if about["complete"] else ())}
+        if lacks := sorted(needed - set(about)):
+            raise ValueError(f"it lacks {lacks}")
+        EnvSpec.from_json(about["spec"])
+        return about
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"got {folder} without a dataset.json to read ({error}); need a dataset; "
                         f"do: 'python data.py record --out {folder}', or correct the path")
 
 
 def finish_dataset(folder, spec, settings):
     """Check all episodes, then write dataset.json; settings["skills"] may name each one's skill."""
-    content, lengths, events = hashlib.sha256(), [], []
+    content, lengths, events, crc = hashlib.sha256(), [], [], []
     for index in range(len(list(Path(folder).glob("episode_*.npy")))):
         path = episode_path(folder, index)
         rows = open_episode(path, spec)
@@ -735,8 +786,9 @@ def finish_dataset(folder, spec, settings):
             while chunk := file.read(1 << 20):
                 content.update(chunk)
         lengths.append(len(rows))
+        crc.append(zlib.crc32(rows.view(np.uint8)))
         events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events"))]
-    write_about(folder, spec, settings, complete=True, lengths=lengths, events=events,
+    write_about(folder, spec, settings, complete=True, lengths=lengths, events=events, crc=crc,
                 split="valid: every 20th (i % 20 == 19)", content=content.hexdigest())
 
 
@@ -761,14 +813,23 @@ class Dataset:
         self.events = self.events.reshape(-1, 3).astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.frames_total = int(self.offsets[-1])
-        self.rows = functools.lru_cache(256)(self.rows)       # bounds the number of open files
+        self.crc = dict(enumerate(about.get("crc", ())))      # of the episodes still to be checked
         for i, length in enumerate(self.lengths):
-            if len(self.rows(i)) != length:
-                raise UserError(f"got {len(self.rows(i))} frames in {episode_path(self.path, i)}; "
-                                f"need {length}; do: restore the file or record again")
+            n = len(open_episode(episode_path(self.path, i), self.spec))
+            if n != length:
+                raise UserError(f"got {n} frames in {episode_path(self.path, i)}; need {length}; "
+                                "do: restore the file or record again")
+        self.rows = functools.lru_cache(256)(self.rows)       # bounds the number of open files
 
     def rows(self, i):
-        return open_episode(episode_path(self.path, i), self.spec)
+        """Memory map of episode i. UserError when its bytes have changed (seen at first use)."""
+        path = episode_path(self.path, i)
+        rows, crc = open_episode(path, self.spec), self.crc.pop(i, None)
+        if crc is not None and crc != zlib.crc32(rows.view(np.uint8)):
+            self.crc[i] = crc
+            raise UserError(f"got changed bytes in {path}; need those that were recorded; do: "
+                            "restore that file, or delete it and record or import it again")
+        return rows
 
     def episodes(self, split):
         """Indices of "train", "valid" (every 20th; the last of fewer than 20) or "all"."""
@@ -929,6 +990,8 @@ def record(env, out, episodes, length, seed, workers=0, skill=None):
         for process in processes:
             process.terminate()
             process.join()
+        for part in out.glob("*.tmp"):                        # of a worker that was stopped
+            part.unlink()
     finish_dataset(out, spec, settings)
     return Dataset(out)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data import UserError
+from data import UserError, check_config
 from tokenizer import Cache, Transformer, check_transformer, reader_mask
 
 
@@ -45,6 +45,7 @@ class DynamicsConfig:
     single_images: float = 0.3  # 0.3: share of rows trained as separate images
 
     def __post_init__(self):
+        check_config("dynamics", self, zero=("tasks", "registers"))
         check_transformer("dynamics", self, self.layers)
         for name in ("k_max", "k"):
             value = getattr(self, name)

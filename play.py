@@ -42,8 +42,8 @@ from tqdm import tqdm
 from agent import (autocast, freeze, imagine_rollout, load_run, pick_device, pick_dtype,
                    sample_action, split_logits)
 from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off, controls,
-                  copy_env, finish_dataset, make_env, play_episode, record, rng_for, run_cli,
-                  write_episode)
+                  copy_env, finish_dataset, make_env, play_episode, read_json, record, rng_for,
+                  run_cli, write_episode, write_whole)
 from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
@@ -79,14 +79,23 @@ def bootstrap(statistic, *samples, block=1, n=2000):
 
 def write_json(path, values):
     """Atomically: a reader sees the old file or the new one."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(values, indent=1))
-    os.replace(part, path)
+    write_whole(Path(path), lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
 def read_results(folder):
     path = Path(folder) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl; one that was cut off while it was written is left out."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"Left out of {path}: a line that is cut off.", file=sys.stderr)
+    return lines
 
 
 def add_results(folder, command, entries):
@@ -1015,11 +1024,19 @@ def agent_entries(spec, firsts):
 
 def data_config(folder):
     """The data settings of a run, from its config.json."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())["data"]
-    except OSError:
+    path = Path(folder) / "config.json"
+    if not path.exists():
         raise UserError(f"No config.json in {folder}: name the folder of a run, or make one with "
-                        "'python train.py'.") from None
+                        "'python train.py'.")
+    config, need = read_json(path), {"env": str, "reference_episodes": int, "length": int}
+    try:
+        wrong = [k for k, kind in need.items() if type(config["data"][k]) is not kind]
+    except (KeyError, TypeError):
+        wrong = list(need)
+    if wrong:
+        raise UserError(f"Got {path} without a right {wrong} in 'data', need what train.py wrote: "
+                        "run its command again.")
+    return config["data"]
 
 
 def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", workers=0):
@@ -1106,8 +1123,7 @@ def plot():
 
 def picture_curves(folder, stage):
     """metrics.jsonl -> STAGE_curves.png, one small chart per logged key."""
-    lines = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    lines = [x for x in lines if x["stage"] == stage]
+    lines = [x for x in read_metrics(folder) if x["stage"] == stage]
     keys = [k for k in (lines[-1] if lines else {}) if k not in ("stage", "step", "rate")]
     if not keys:
         return
@@ -1201,7 +1217,7 @@ def write_report(folder):
     """report.md: every figure of results.json and every picture of the run. Returns its path."""
     folder = Path(folder)
     data_config(folder)
-    results, config = read_results(folder), json.loads((folder / "config.json").read_text())
+    results, config = read_results(folder), read_json(folder / "config.json")
     picture_success(folder, load_run(folder).spec, results)
     parts = [f"# Report of {folder}", results_table(results), "Commands: `results.json`.",
              *(f"## {title}\n![{title}]({name})" for name, title in PICTURES

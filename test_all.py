@@ -6,12 +6,16 @@ import base64
 import copy
 import hashlib
 import http.server
+import io
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -388,8 +392,8 @@ def randomize(module, seed=0, std=0.3):
 
 
 def tiny_tokenizer(**changes):
-    sizes = dict(height=8, width=12, patch=4, dim=16, encoder_layers=3, decoder_layers=3, heads=4,
-                 kv_heads=2, latents=4, channels=3, pack=2, context=3, time_every=3)
+    sizes = dict(height=8, width=12, patch=4, cell=2, dim=16, encoder_layers=3, decoder_layers=3,
+                 heads=4, kv_heads=2, latents=4, channels=3, pack=2, context=3, time_every=3)
     return randomize(Tokenizer(TokenizerConfig(**sizes | changes)))
 
 
@@ -593,6 +597,42 @@ def test_latents_start_from_their_own_patch(own):
         other[:, :, patch * own] = 0.5
         change = (model.reconstruct(other) - model.reconstruct(z)).abs().amax((0, 1, 4)) > 0
         assert change[4 * row:4 * row + 4, 4 * column:4 * column + 4].all() and change.sum() == 16
+
+
+def test_cells_are_read_and_drawn_where_they_are():
+    """Fails if a cell's code lands in another place, or the cells of a patch share one code."""
+    model = tiny_tokenizer(latents=6, pack=1)
+    for linear in (model.patch_in, model.patch_out):                # the cells' way alone
+        linear.weight.data.zero_()
+    x = torch.zeros(1, 1, 8, 12, 3)
+    codes = {}
+    for row, column in np.ndindex(4, 6):                            # cells of 2 pixels
+        moved = x.clone()
+        moved[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2] = 1
+        cells = moved.view(1, 1, 8, 12, 3)
+        patches = patchify(cells, 4).view(1, 6, 4, 4, 3)
+        code = model.read_cell(patchify(patches, 2))                # (1, 6, 4, 32)
+        still = model.read_cell(patchify(torch.zeros_like(patches), 2))
+        changed = (code - still).abs().amax(-1)[0].nonzero().tolist()
+        assert changed == [[row // 2 * 3 + column // 2, row % 2 * 2 + column % 2]]
+        codes[row, column] = code.amax((1, 2))
+        change = (model.bottleneck(moved) - model.bottleneck(x)).abs().sum()
+        assert change > 1e-3
+    assert all(torch.allclose(c, codes[0, 0]) for c in codes.values())      # one reader for all
+    model.codes_out.weight.data.zero_()
+    model.codes_out.bias.data.zero_()
+    drawn = []
+    for place in range(4):                  # the code of one cell draws that cell of every patch
+        model.codes_out.bias.data.zero_()
+        before = model.reconstruct(torch.zeros(1, 1, 6, 3))
+        model.codes_out.bias.data[32 * place:32 * place + 32] = 1
+        change = (model.reconstruct(torch.zeros(1, 1, 6, 3)) - before).abs().amax(-1)[0, 0] > 0
+        rows, columns = change.nonzero().T
+        assert change.sum() == 24 and set((rows % 4 // 2).tolist()) == {place // 2}
+        assert set((columns % 4 // 2).tolist()) == {place % 2}
+        drawn.append(change)
+    assert torch.stack(drawn).sum(0).eq(1).all()
+    assert not hasattr(tiny_tokenizer(cell=0), "read_cell")
 
 
 def test_bottleneck_is_bounded_and_informative():
@@ -1545,8 +1585,8 @@ def test_speed_is_of_the_same_dream_with_and_without_cache():
 
 KEYS = f"{__name__}:KeyEnv"
 TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference_episodes 2
---data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.dim 16
---tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.encoder_layers 3
+--data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.cell 2
+--tokenizer.dim 16 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.encoder_layers 3
 --tokenizer.decoder_layers 3 --dynamics.dim 16 --dynamics.layers 3 --dynamics.context 8
 --agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
 --train.batch 6 --train.length 6 --train.long_length 12 --train.imagine_batch 4
@@ -1574,8 +1614,8 @@ def test_every_stage_runs_and_resume_equals_an_uninterrupted_run(monkeypatch, wo
             if name == "cut":
                 real, count = train.save, []
 
-                def broken(path, state):
-                    real(path, state)
+                def broken(path, state, keep=None):
+                    real(path, state, keep)
                     count.append(path)
                     if len(count) == 2:                             # after step 6 of 8
                         raise KeyboardInterrupt
@@ -2935,3 +2975,642 @@ def test_damaged_videos_are_reported_not_fatal(tmp_path):
     assert len(dataset.lengths) + len(skipped) == 101 and len(skipped) >= 50
     assert all(reason and "\n" not in reason for reason in skipped.values())
     assert set(dataset.lengths) <= {19, 20}
+
+
+# ------------------------------------------------- resume, faults, determinism, data parallel
+
+FINALS = ("tokenizer.pt", "dynamics.pt", "agent.pt", "imagine.pt", "latents.npy", "latents.json",
+          "config.json")
+
+
+def train_quietly(folder, *flags, cli=False):
+    """train.main() in `folder` as on the command line, without pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "pictures", lambda *_: None)
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags)])
+        return run_cli(train.main) if cli else train.main()
+
+
+def metrics_of(folder, stage):
+    """The stage's lines of metrics.jsonl without the rate, which is the machine's."""
+    lines = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "rate"} for x in lines if x["stage"] == stage]
+
+
+def same_tensors(a, b):
+    return all(torch.equal(a[m][k], b[m][k]) for m in ("tokenizer", "dynamics", "agent")
+               for k in a.get(m, ()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with datasets/ and runs/base, where all four stages are trained."""
+    folder = tmp_path_factory.mktemp("finished")
+    for stage in STAGES:
+        train_quietly(folder, "--run", "base", "--stage", stage)
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of `finished` to break: its folder and its run."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy", tmp_path / "copy/runs/base"
+
+
+def stop_after(monkeypatch, folder, saves, *flags, signal_number=None):
+    """Train until the checkpoint number `saves` of the stage is on disk -> the way it ended."""
+    real, count = train.save, []
+
+    def broken(path, state, keep=None):
+        real(path, state, keep)
+        count.append(path)
+        if len(count) == saves:
+            raise KeyboardInterrupt if signal_number is None else SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(train, "save", broken)
+        train_quietly(folder, *flags)
+
+
+@pytest.mark.parametrize("damage", ["cut", "byte", "missing"])
+def test_resume_falls_back_to_the_older_checkpoint(copy, monkeypatch, capsys, damage):
+    """Fails if one damaged checkpoint loses the stage, is used, or is passed over in silence; or if
+    wall time, sums of metrics or lines of metrics.jsonl are lost or doubled."""
+    folder, run = copy
+    whole, lines = torch.load(run / "dynamics.pt", weights_only=True), metrics_of(run, "dynamics")
+    (run / "dynamics.pt").unlink()
+    stop_after(monkeypatch, folder, 2, "--run", "base", "--stage", "dynamics")
+    newest, older = run / "dynamics.resume.pt", run / "dynamics.resume.old.pt"
+    assert [torch.load(p, weights_only=True)["step"] for p in (older, newest)] == [3, 6]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":                                         # killed between two renames
+        newest.unlink()
+    else:
+        newest.write_bytes(content if damage == "byte" else content[:-9])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "dyna')                               # killed while it was written
+    capsys.readouterr()
+    train_quietly(folder, "--run", "base", "--stage", "dynamics")
+    out = capsys.readouterr().out
+    assert "steps 3 to 8" in out
+    assert ("Going on from the one before, step 3" in out) == (damage != "missing")
+    again = torch.load(run / "dynamics.pt", weights_only=True)
+    assert same_tensors(whole, again) and metrics_of(run, "dynamics") == lines and len(lines) == 2
+    assert not list(run.glob("*.tmp")) and not newest.exists() and not older.exists()
+
+
+def test_wall_time_of_a_resumed_stage_adds_up(copy, monkeypatch):
+    """Fails if the seconds before a break are forgotten."""
+    folder, run = copy
+    (run / "dynamics.pt").unlink()
+    stop_after(monkeypatch, folder, 2, "--run", "base", "--stage", "dynamics")
+    state = torch.load(run / "dynamics.resume.pt", weights_only=True)
+    assert 0 < state["seconds"] < 300
+    torch.save({**state, "seconds": 1000.0}, run / "dynamics.resume.pt")
+    train_quietly(folder, "--run", "base", "--stage", "dynamics")
+    results = json.loads((run / "results.json").read_text())
+    assert 1000 < results["wall_seconds_dynamics"]["value"] < 1300
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(copy, monkeypatch, capsys, number, code):
+    """Fails if the step in hand is lost, the exit code is another, the command to go on is wrong
+    (--resume no would begin again), or going on differs from an uninterrupted run."""
+    folder, run = copy
+    whole = torch.load(run / "agent.pt", weights_only=True)
+    real, calls = train.agent_losses, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    flags = ("--run", "base", "--stage", "agent", "--resume", "no")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "agent_losses", signalled)
+        train_quietly(folder, *flags, cli=True)
+    assert stop.value.code == code and len(calls) == 5
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("interrupted: the same command goes on: python train.py --data.env")
+    assert last.endswith("--run base --stage agent")
+    assert torch.load(run / "agent.resume.pt", weights_only=True)["step"] == 5
+    train_quietly(folder, *flags[:-2])
+    assert same_tensors(whole, torch.load(run / "agent.pt", weights_only=True))
+
+
+def test_a_second_signal_stops_at_once(copy, monkeypatch):
+    """Fails if an impatient user has to wait for the step, or for the checkpoint."""
+    folder, run = copy
+
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(train, "agent_losses", twice)
+    with pytest.raises(SystemExit) as stop:
+        train_quietly(folder, "--run", "base", "--stage", "agent", "--resume", "no", cli=True)
+    assert stop.value.code == 130 and not (run / "agent.resume.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler     # as it was before
+
+
+def test_a_loss_that_is_not_finite_stops_and_can_be_replayed(copy, monkeypatch, capsys):
+    """Fails if training goes on with nan, the message lacks step and seed, the last checkpoint is
+    overwritten, or --replay shows another batch or changes a file."""
+    folder, run = copy
+    (run / "tokenizer.pt").unlink()
+    flags, real, seen = ("--run", "base", "--stage", "tokenizer"), train.reconstruction_loss, []
+
+    def spoiled(x_hat, x, perceptual):
+        seen.append(x.clone())
+        losses = real(x_hat, x, perceptual)
+        return {"mse": losses["mse"] * torch.nan} if len(seen) == 5 else losses
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "reconstruction_loss", spoiled)
+        train_quietly(folder, *flags, "--seed", 7, cli=True)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "Got a loss of nan" in message and "--replay 4" in message
+    assert "at step 4 of tokenizer (seed 7)" in message
+    assert torch.load(run / "tokenizer.resume.pt", weights_only=True)["step"] == 3
+    before = {p: p.read_bytes() for p in run.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "reconstruction_loss", spoiled)
+        train_quietly(folder, *flags, "--seed", 7, "--replay", 4, cli=True)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and len(seen) == 6 and torch.equal(seen[4], seen[5])
+    assert not torch.equal(seen[3], seen[5])                        # control: batches differ
+    assert "with the weights that the last checkpoint has, of step 3" in out
+    assert re.search(r"step 4: mse \d", out) and "gradient norm" in out and "patch_in.weight" in out
+    assert {p: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_replay_of_a_finished_stage_uses_its_weights(copy, monkeypatch, capsys):
+    """Fails if a finished stage is replayed with fresh weights."""
+    folder, run = copy
+    with pytest.raises(SystemExit):
+        train_quietly(folder, "--run", "base", "--stage", "dynamics", "--replay", 7)
+    assert "of step 8" in capsys.readouterr().out
+
+
+def break_file(path, how):
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 2] ^= 255
+    path.write_bytes({"cut": content[:len(content) // 2], "byte": content}[how])
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_checkpoint(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def other_play(folder, name="other", episodes=3, env=None, length=36):
+    return data.record(env or KEYS, folder / "datasets" / name, episodes, length, 5, workers=1).path
+
+
+def unlabelled(folder):
+    path = folder / "datasets/unlabelled"
+    path.mkdir()
+    spec, T = KeyEnv().spec, 36
+    for i in range(3):
+        data.write_episode(path, i, np.zeros((T, 8, 12, 3)), spec.actions.zeros(T),
+                           np.ones((T, 2)) * (np.arange(T) > 0)[:, None], np.ones(T), np.zeros(T))
+    data.finish_dataset(path, spec, {})
+    return path
+
+
+EPISODES = f"datasets/{KEYS.replace(':', '_')}_6x36"
+PLAY = "--data.path", EPISODES
+NEW = "--run", "new", "--stage", "tokenizer"
+
+
+def base(stage, *flags):
+    return "--run", "base", "--stage", stage, *flags
+
+
+# what is broken in a copy of the finished run (w: its folder, r: the run), the flags of train.py
+# afterwards, and what the one line must say
+FAULTS = {
+    "no dataset": (None, (*NEW, "--data.path", "nowhere"), "got nowhere without a dataset.json"),
+    "dataset.json cut": (lambda w, r: break_file(w / EPISODES / "dataset.json", "cut"),
+                         (*NEW, *PLAY), "without a dataset.json to read"),
+    "dataset.json lacks a key": (lambda w, r: (w / EPISODES / "dataset.json").write_text(
+        '{"version": 1, "complete": true, "settings": {}}'), (*NEW, *PLAY), "it lacks ['content'"),
+    "dataset of another version": (lambda w, r: edit_json(
+        w / EPISODES / "dataset.json", version=9), (*NEW, *PLAY), "version 9, not 1"),
+    "dataset incomplete": (lambda w, r: edit_json(
+        w / EPISODES / "dataset.json", complete=False, command="python data.py record --x"),
+        (*NEW, *PLAY), "incomplete; need all episodes; do: 'python data.py record --x'"),
+    "dataset empty": (lambda w, r: edit_json(w / EPISODES / "dataset.json", lengths=[], events=[]),
+                      (*NEW, *PLAY), "without episodes; need at least one"),
+    "episode missing": (lambda w, r: (w / EPISODES / "episode_00002.npy").unlink(),
+                        (*NEW, *PLAY), "got no whole episode in"),
+    "episode cut": (lambda w, r: break_file(w / EPISODES / "episode_00002.npy", "cut"),
+                    (*NEW, *PLAY), "got no whole episode in"),
+    "episode corrupted": (lambda w, r: [break_file(x, "byte") for x in (
+        w / EPISODES).glob("episode*")], (*NEW, *PLAY), "got changed bytes in"),
+    "episode shorter": (lambda w, r: np.save(x := w / EPISODES / "episode_00002.npy",
+                                             np.load(x)[:-1]), (*NEW, *PLAY), "frames in"),
+    "wrong image size": (lambda w, r: np.save(w / EPISODES / "episode_00002.npy", np.zeros(
+        36, [("frames", "u1", (8, 8, 3)), ("labelled", "?"), ("continues", "u1")])),
+        (*NEW, *PLAY), "frames: uint8(36, 8, 8, 3), need u1(8, 12, 3)"),
+    "wrong action count": (lambda w, r: np.save(w / EPISODES / "episode_00002.npy", np.zeros(
+        36, [("frames", "u1", (8, 12, 3)), ("binary", "u1", (3,)), ("labelled", "?")])),
+        (*NEW, *PLAY), "binary: uint8(36, 3), need u1(2,)"),
+    "other actions than the checkpoint's": (
+        lambda w, r: other_play(w, env=PAINT), base("dynamics", "--data.path", "datasets/other"),
+        "Got recordings of actions {'binary': 2, 'categorical': [5], 'continuous': 1}"),
+    "episodes too short": (lambda w, r: other_play(w, length=5), (
+        *NEW, "--data.path", "datasets/other", "--train.tokenizer_length", "6"),
+        "need episodes as long, not 5"),
+    "no held-out episode": (lambda w, r: other_play(w, episodes=1), (
+        *NEW, "--data.path", "datasets/other"), "which leaves none to hold out, need at least 2"),
+    "unlabelled play": (lambda w, r: (unlabelled(w), (r / "agent.pt").unlink()), base(
+        "agent", "--data.path", "datasets/unlabelled", "--resume", "anyway"),
+        "without labelled frames, need actions for the policy"),
+    "impossible sizes": (None, (*NEW, "--tokenizer.dim", "30"), "dim must divide into heads"),
+    "impossible number": (None, (*NEW, "--train.lr", "nan"), "Got train.lr nan, need float from 0"),
+    "zero": (None, (*NEW, "--train.save_every", "0"), "Got train.save_every 0, need int from 1."),
+    "negative seed": (None, (*NEW, "--seed", "-1"), "Got --seed -1, need a whole number from 0."),
+    "long windows too short": (None, (*NEW, "--train.long_length", "8"),
+                               "need more than dynamics.context 8"),
+    "unknown flag": (None, (*NEW, "--train.stepps", "3"), "unrecognized arguments: --train.stepps"),
+    "no such device": (None, (*NEW, "--device", "abacus"), "--device abacus, which torch can't"),
+    "no such dtype": (None, (*NEW, "--dtype", "int3"), "Got --dtype int3, need auto, bf16, fp16"),
+    "replay of nothing": (None, (*NEW, "--replay", "8"), "Got --replay 8 --stage tokenizer, need"),
+    "stage before missing": (lambda w, r: (r / "dynamics.pt").unlink(), base("agent", "--resume",
+                             "no"), "run 'python train.py --stage dynamics --run base' first."),
+    "checkpoint cut": (lambda w, r: break_file(r / "dynamics.pt", "cut"), base("dynamics"),
+                       "Can't read the checkpoint"),
+    "checkpoint with a changed byte": (lambda w, r: break_file(r / "dynamics.pt", "byte"),
+                                       base("dynamics"), "has changed"),
+    "checkpoint of another program": (lambda w, r: torch.save({"model": torch.ones(3)}, r /
+                                      "dynamics.pt"), base("dynamics"), "no checkpoint of this"),
+    "checkpoint of another version": (lambda w, r: edit_checkpoint(r / "dynamics.pt", version=0),
+                                      base("dynamics"), "version 0, need 1"),
+    "impossible config in a checkpoint": (lambda w, r: edit_checkpoint(r / "tokenizer.pt", config={
+        "tokenizer": {"dim": "wide"}}), base("tokenizer"), "Got tokenizer.dim 'wide', need int"),
+    "both resume checkpoints damaged": (lambda w, r: [(r / x).write_bytes(b"PK") for x in (
+        "agent.resume.pt", "agent.resume.old.pt", "agent.pt")] + [(r / "agent.pt").unlink()],
+        base("agent"), "agent.resume.old.pt (BadZipFile"),
+    "another dataset": (lambda w, r: other_play(w), base("dynamics", "--data.path",
+                        "datasets/other"), "dynamics.pt was made with "),
+    "another tokenizer": (lambda w, r: (r / "tokenizer.pt").unlink() or train_quietly(
+        w, *base("tokenizer", "--seed", "3")), base("agent"), "Got tokenizer "),
+    "a flag against the checkpoint": (None, base("agent", "--dynamics.dim", "32"),
+                                      "Got --dynamics.dim 32, but runs/base/agent.pt has 16"),
+    "a flag against the recordings": (None, (*NEW, "--tokenizer.height", "9"),
+                                      "Got --tokenizer.height 9, but datasets/"),
+    "config.json damaged": (lambda w, r: break_file(r / "config.json", "cut"), None,
+                            "got no JSON to read in runs/base/config.json"),
+    "config.json foreign": (lambda w, r: (r / "config.json").write_text('{"data": {"env": 3}}'),
+                            None, "without a right ['env', 'reference_episodes', 'length']"),
+    "results.json damaged": (lambda w, r: (r / "results.json").write_text("{"), base("dynamics"),
+                             "got no JSON to read in runs/base/results.json"),
+    "a file in place of the run": (lambda w, r: (w / "runs/new").write_text("x"), NEW,
+                                   "File exists: 'runs/new'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_gives_one_line_and_exit_2(copy, monkeypatch, capsys, fault):
+    """Fails if a bad input ends in a traceback, in another message, in success, or costs a file."""
+    folder, run = copy
+    spoil, flags, message = FAULTS[fault]
+    if spoil:
+        spoil(folder, run)
+    capsys.readouterr()
+    before = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        if flags:
+            train_quietly(folder, *flags, cli=True)
+        else:
+            monkeypatch.chdir(folder)
+            monkeypatch.setattr(sys, "argv", ["play.py", "report", "--run", "runs/base"])
+            run_cli(play.main)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in last and "error: " in last, last
+    lost = {p for p, size in before.items() if not p.is_file() or p.stat().st_size < size}
+    assert {p.name for p in lost} <= ({"agent.pt"} if "--resume" in (flags or ()) else set()), lost
+
+
+def test_mismatches_show_both_fingerprints_and_can_be_lifted(copy, capsys):
+    """Fails if the refusal hides which is which, or --resume anyway does not lift it."""
+    folder, run = copy
+    other = data.Dataset(other_play(folder))
+    (run / "imagine.pt").unlink()
+    flags = base("imagine", "--data.path", "datasets/other")
+    with pytest.raises(UserError) as error:
+        train_quietly(folder, *flags)
+    made = torch.load(run / "agent.pt", weights_only=True)["dataset"]
+    assert other.fingerprint in str(error.value) and made in str(error.value)
+    train_quietly(folder, *flags, "--resume", "anyway")
+    again = torch.load(run / "imagine.pt", weights_only=True)
+    assert again["dataset"] == other.fingerprint != made
+
+
+def test_settings_of_a_resumed_stage_must_be_the_same(copy, monkeypatch):
+    """Fails if a stage goes on with other settings than it was begun with. Control: settings that
+    don't change the result, or belong to other stages, may differ."""
+    folder, run = copy
+    (run / "dynamics.pt").unlink()
+    stop_after(monkeypatch, folder, 1, *base("dynamics"))
+    for flag, value, word in (("--train.lr", 1e-4, "train.lr 0.0001"), ("--seed", 3, "seed 3"),
+                              ("--dynamics.k_max", 4, "dynamics.k_max 4")):
+        with pytest.raises(UserError, match=f"Got {word}.*was begun with"):
+            train_quietly(folder, *base("dynamics", flag, value))
+    train_quietly(folder, *base("dynamics", "--train.save_every", 5, "--train.agent_steps", 9,
+                                "--agent.gamma", 0.5))
+
+
+def test_damaged_latents_are_computed_again(copy, capsys):
+    """Fails if a changed byte in the cache is trained on, or the cache is not restored."""
+    folder, run = copy
+    before = (run / "latents.npy").read_bytes()
+    break_file(run / "latents.npy", "byte")
+    (run / "dynamics.pt").unlink()
+    train_quietly(folder, *base("dynamics"))
+    assert "got damaged latents" in capsys.readouterr().out
+    assert (run / "latents.npy").read_bytes() == before
+
+
+def test_a_full_disk_costs_nothing(copy, monkeypatch, capsys):
+    """Fails if a failed write of a checkpoint leaves rubbish, damages what was there, or can't be
+    gone on from. The disk is a fake; the slow test fills a real one."""
+    folder, run = copy
+    whole = torch.load(run / "dynamics.pt", weights_only=True)
+    (run / "dynamics.pt").unlink()
+    real, count = os.fsync, []
+
+    def full(file):
+        count.append(file)
+        if len(count) > 3:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(data.os, "fsync", full)
+        train_quietly(folder, *base("dynamics", "--train.save_every", 1), cli=True)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "No space left on device" in message
+    assert "do: see to it, then the same command goes on" in message
+    assert not list(run.glob("*.tmp")) and (run / "dynamics.resume.pt").exists()
+    train_quietly(folder, *base("dynamics", "--train.save_every", 1))
+    assert same_tensors(whole, torch.load(run / "dynamics.pt", weights_only=True))
+
+
+def test_the_same_seed_gives_the_same_metrics(copy):
+    """Fails if anything but seed, stage and step decides a number: 50 steps of each stage, twice,
+    bit for bit. Control: another seed gives other numbers."""
+    folder, run = copy
+    for stage in STAGES:
+        lines = []
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            target = folder / "runs" / name
+            target.mkdir(exist_ok=True)
+            for file in FINALS[:STAGES.index(stage)] + FINALS[4:]:
+                shutil.copy(run / file, target / file)
+            train_quietly(folder, "--run", name, "--stage", stage, "--seed", seed,
+                          f"--train.{stage}_steps", 50, "--train.log_every", 1,
+                          "--train.save_every", 100)
+            lines.append(metrics_of(target, stage))
+        assert len(lines[0]) == 50 and str(lines[0]) == str(lines[1]) != str(lines[2]), stage
+
+
+def test_unhealthy_metrics_are_warned_about(tmp_path):
+    """Fails if a warning is missing, comes twice, comes for a healthy value, or names a tip that
+    the README has not."""
+    log, readme = train.Log(tmp_path, "imagine", 0, {}), (REPO / "README.md").read_text()
+    good = {"step": 9, "entropy": 1.3, "kl_prior": 0.1, "value_explained": 0.8, "grad_norm": 2.0,
+            "positive_share": 0.5, "latent_rank": 6.0, "tanh_saturated": 0.02}
+    assert set(good) == {"step", *train.HEALTH} and not list(log.warn(good))
+    bad = {"step": 9, "entropy": 0.0, "kl_prior": 5.0, "value_explained": -2.0, "grad_norm": 1e4,
+           "positive_share": 1.0, "latent_rank": 1.1, "tanh_saturated": 0.9}
+    warnings = list(log.warn(bad))
+    assert len(warnings) == 7 and not list(log.warn(bad))
+    for key, text in zip(train.HEALTH, warnings, strict=True):
+        assert f"warning: {key} {bad[key]:.3g} at step 9 of imagine" in text
+        assert any(line.startswith(f"| `{key}`") for line in readme.splitlines()), key
+
+
+def test_latent_health_by_hand():
+    """Fails if the effective rank isn't that of the frames' covariance: n equal directions give n,
+    a constant added changes nothing; or saturation isn't counted."""
+    signs = torch.tensor([1, -1, 1, -1.]).view(4, 1, 1)
+    directions = torch.eye(3).repeat(4, 1).view(4, 3, 3) * signs
+    z = 0.5 * directions.reshape(4, 3, 1, 3)                        # (B, T, S, Z)
+    for shift in (0.0, 0.4):
+        got = train.latent_health(z + shift)
+        assert abs(got["latent_rank"] - 3) < 1e-4 and got["tanh_saturated"] == 0
+    collapsed = torch.randn(4, 3, 1, 1).expand(4, 3, 5, 3)
+    assert abs(train.latent_health(collapsed)["latent_rank"] - 1) < 1e-4
+    assert abs(train.latent_health(torch.tensor([1.0, 0.5, -0.99, 0]).view(1, 1, 1, 4))
+               ["tanh_saturated"] - 0.5) < 1e-6
+
+
+SPLIT = """
+import sys, torch, train
+device = train.join_processes(torch.device("cpu"))
+torch.manual_seed(0)
+body, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+forward = body.forward
+body.forward = lambda x, more: (forward(more["x"]) + x.sum(-1, True), None)
+train.split_rows(body)
+x, mask = torch.randn(5, 3), torch.tensor([1.0, 1, 0, 1, 0])
+out, none = body(x, more={"x": x * 2})
+loss = (head(out.tanh())[:, 0].square() * mask).sum() / mask.sum()        # a mean over a mask
+loss.backward()
+train.average_gradients([*body.parameters(), *head.parameters()])
+stop = train.any_process([15] if train.rank() == train_last() else [], device)
+grads = [p.grad.flatten().tolist() for m in (body, head) for p in m.parameters()]
+print("RESULT", repr([loss.item(), sum(grads, []), none is None, stop]))
+""".replace("train_last()", "int(__import__('os').environ.get('WORLD_SIZE', 1)) - 1")
+
+
+def torchrun(n, *words, **options):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={n}", "--", *map(str, words)], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(REPO),
+                                                    "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_split_rows_give_the_whole_batch_and_its_gradients(tmp_path):
+    """Fails if losses over a mask, gradients before or behind the split, uneven shares, or a signal
+    to one process differ between one and three processes."""
+    (tmp_path / "split.py").write_text(SPLIT)
+    one = subprocess.run([sys.executable, tmp_path / "split.py"], text=True, capture_output=True,
+                         env={**os.environ, "PYTHONPATH": str(REPO)})
+    three = torchrun(3, tmp_path / "split.py")
+    assert three.returncode == 0, three.stderr[-2000:]
+    a, b = (eval(re.search(r"RESULT (\[.*\])", x.stdout)[1]) for x in (one, three))
+    assert np.allclose(a[0], b[0], rtol=1e-6) and np.allclose(a[1], b[1], rtol=1e-5, atol=1e-7)
+    assert max(map(abs, a[1])) > 0.01 and a[2:] == b[2:] == [True, 15]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(finished, tmp_path):
+    """Fails if a stage's losses under torchrun differ from those of one process by more than 1e-4
+    in 20 steps. At a low rate: Muon rounds to bf16, which at full rate lets a sum's last bit grow
+    to a few 1e-4 within 20 steps (so does any other change of that bit)."""
+    flags = [*TINY, "--dtype", "fp32", "--train.log_every", "1", "--train.lr", "1e-3",
+             "--train.lr_matrix", "1e-3", *(f"--train.{s}_steps=20" for s in STAGES)]
+    flags = [f.replace(KEYS, "test_all:KeyEnv") for f in flags]
+    shutil.copytree(finished / EPISODES, tmp_path / "datasets/test_all_KeyEnv_6x36")
+    (tmp_path / "runs").mkdir()
+    for stage in STAGES[:3]:
+        words = [REPO / "train.py", *flags, "--stage", stage, "--run"]
+        for n, name in enumerate(("one", "two"), 1):
+            run = torchrun(n, *words, name, cwd=tmp_path)
+            assert run.returncode == 0, run.stderr[-2000:]
+        one, two = (metrics_of(tmp_path / "runs" / name, stage) for name in ("one", "two"))
+        assert len(one) == len(two) == 20
+        losses = {"tokenizer": ["mse"], "dynamics": ["dynamics"],
+                  "agent": ["dynamics", "bc", "reward", "continue"]}[stage]
+        worst = {k: max(abs(a[k] / b[k] - 1) for a, b in zip(one, two, strict=True))
+                 for k in losses}
+        print(stage, worst)
+        assert max(worst.values()) < 1e-4 and one[0][losses[0]] != one[-1][losses[0]], worst
+        shutil.copy(tmp_path / f"runs/one/{stage}.pt", tmp_path / f"runs/two/{stage}.pt")
+    run = torchrun(2, REPO / "train.py", *flags, "--stage", "imagine", "--run", "one", cwd=tmp_path)
+    assert run.returncode == 0 and "imagine runs on one process: 1 others leave" in run.stdout
+
+
+def kill_child(folder, flags, how, n):
+    """Runs in a process of its own. how: "half" dies in the middle of its checkpoint number n,
+    "between" after the first of that write's two renames, "" runs until it is killed or done."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    count, whole, replace = [], torch.save, os.replace
+
+    def half(state, file):
+        count.append(file)
+        if len(count) == n:
+            content = io.BytesIO()
+            whole(state, content)
+            file.write(content.getvalue()[:len(content.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(state, file)
+
+    def between(source, target):
+        replace(source, target)
+        count.append(target)
+        if ".old" in str(target) and len(count) >= n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if how == "half":
+        torch.save = half
+    elif how == "between":
+        os.replace = between
+    train_quietly(folder, *flags)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_every_stage_ends_the_same(finished, tmp_path):
+    """Fails if SIGKILL (6 random moments, 2 in the middle of a checkpoint's bytes, 2 between its
+    renames) costs one bit of the metrics or weights of any stage: 40 of 40 must be equal."""
+    server, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    server.set_forkserver_preload(["test_all", "matplotlib.pyplot"])
+    shutil.copytree(finished / "datasets", tmp_path / "datasets")
+    equal = killed = resumed = 0
+
+    def lines(run):
+        path = run / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    for stage in STAGES:
+        flags = ("--stage", stage, "--train.save_every", 1, "--train.log_every", 3,
+                 f"--train.{stage}_steps", 20, "--run")
+        kinds = [("", 0)] + [("", k) for k in range(6)] + [(how, rng.randint(2, 18)) for how in (
+            "half", "half", "between", "between")]
+        for trial, (how, n) in enumerate(kinds):
+            name = f"{stage}{trial}"
+            run = tmp_path / "runs" / name
+            run.mkdir(parents=True)
+            for file in (*FINALS[:STAGES.index(stage)], *FINALS[4:6] * (stage in STAGES[2:])):
+                shutil.copy(finished / "runs/base" / file, run / file)
+            child = server.Process(target=kill_child, args=(tmp_path, (*flags, name), how, n))
+            child.start()
+            if trial and not how:
+                wait = rng.randint(0, 5)                # metrics.jsonl has a line every third step
+                while child.is_alive() and lines(run) < wait:
+                    time.sleep(0.001)
+                time.sleep(rng.random() * (0.3 if wait else 2))
+                child.kill()
+            child.join()
+            killed += trial > 0 and child.exitcode == -9
+            resumed += trial > 0 and any(run.glob(f"{stage}.resume*.pt"))
+            if trial:
+                child = server.Process(target=kill_child, args=(tmp_path, (*flags, name), "", 0))
+                child.start()
+                child.join()
+            assert child.exitcode == 0, (stage, trial, how, n)
+            result = metrics_of(run, stage), torch.load(run / f"{stage}.pt", weights_only=True)
+            if trial == 0:
+                whole = result
+            assert len(whole[0]) == 7                   # steps 3, 6, ..., 18 and 20
+            equal += trial > 0 and whole[0] == result[0] and same_tensors(whole[1], result[1])
+            print(stage, trial, how or "random", "equal so far", equal, "killed", killed, "with a "
+                  "checkpoint", resumed, flush=True)
+            if trial:
+                shutil.rmtree(run)
+    assert equal == 40 and killed >= 36 and resumed >= 24, (equal, killed, resumed)
+
+
+@pytest.mark.slow
+def test_a_really_full_disk_in_recording_latents_and_checkpoints(finished, tmp_path, monkeypatch,
+                                                                 capsys):
+    """Fails if a disk that fills up gives more than one line, damages what was written before, or
+    can't be gone on from once there is room. Needs the right to mount a tmpfs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:
+        pytest.skip("can't mount a tmpfs here")
+    usage = shutil.disk_usage
+
+    def full(folder, room, *flags):
+        """train.py with `room` bytes free on the disk -> its last line; frees the rest after."""
+        filler = disk / "filler"
+        filler.write_bytes(bytes(max(usage(disk).free - room, 0) // 4096 * 4096))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train_quietly(folder, *flags, cli=True)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and "Traceback" not in last, last
+        assert "error: got" in last and ("space" in last.lower() or "written" in last), last
+        assert not list(disk.rglob("*.tmp"))
+        filler.unlink()
+        return last
+
+    try:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage("/"))     # else refused at once
+        (disk / "runs").mkdir()
+        first = "--run", "base", "--stage", "tokenizer", "--train.save_every", 1
+        print(full(disk, 40_000, *first))                           # recording: about 13 kB each
+        kept = sorted((disk / EPISODES).glob("episode*"))
+        assert 1 <= len(kept) < 6 and all(len(data.open_episode(p, KeyEnv().spec)) for p in kept)
+        before = kept[0].stat().st_mtime_ns
+        train_quietly(disk, *first)
+        assert kept[0].stat().st_mtime_ns == before
+        assert (disk / EPISODES / "dataset.json").read_bytes() == (
+            finished / EPISODES / "dataset.json").read_bytes()
+        dynamics = "--run", "base", "--stage", "dynamics", "--train.save_every", 1
+        print(full(disk, 4_096, *dynamics))                         # latents
+        assert not (disk / "runs/base/latents.npy").exists()
+        load_run(disk / "runs/base", "tokenizer")
+        print(full(disk, 450_000, *dynamics))                       # the checkpoint, some steps in
+        state = torch.load(disk / "runs/base/dynamics.resume.pt", weights_only=True)
+        assert 1 <= state["step"] < 8 and np.load(disk / "runs/base/latents.npy").shape[0] > 0
+        train_quietly(disk, *dynamics)
+        a, b = (torch.load(x / "runs/base/dynamics.pt", weights_only=True)
+                for x in (disk, finished))
+        assert same_tensors(a, b)
+    finally:
+        subprocess.run(["umount", "-l", disk])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError
+from data import UserError, check_config
 
 PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scales recorded play to about zero mean, unit variance
 
@@ -274,7 +274,7 @@ class TokenizerConfig:
     latents: int = 9           # 512 bottleneck tokens
     channels: int = 64          # 16 channels each
     pack: int = 1               # 2: tokens merged into one for the dynamics
-    cell: int = 8               # side of the cells of a patch that a small shared MLP reads and draws
+    cell: int = 8               # side of the cells that a small shared MLP reads and draws; 0: none
     local: bool = True          # latents belong to a patch, where they divide evenly among them
     context: int = 6            # frames that a time layer sees
     time_every: int = 4         # 4
@@ -284,6 +284,7 @@ class TokenizerConfig:
     lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
 
     def __post_init__(self):
+        check_config("tokenizer", self, zero=("cell",))
         check_transformer("tokenizer", self, self.encoder_layers, self.decoder_layers)
         if self.latents % self.pack:
             raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
@@ -297,9 +298,6 @@ class TokenizerConfig:
 
 def check_transformer(prefix, cfg, *layers):
     """Raises UserError where sizes don't fit together."""
-    for name in ("dim", "heads", "kv_heads", "context", "time_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"Got {prefix}.{name} {getattr(cfg, name)}, need at least 1.")
     if cfg.dim % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
         raise UserError(f"Got {prefix}.dim {cfg.dim}, heads {cfg.heads}, kv_heads {cfg.kv_heads}: "
                         "dim must divide into heads of even size, heads into groups of kv_heads.")
@@ -442,6 +440,17 @@ class Tokenizer(nn.Module):
         x = patchify(scale_pixels(frames), patch)
         sees = unpatchify(torch.where(hidden[..., None], 0.0, x), patch, H, W)
         return unscale_pixels(sees), unscale_pixels(self(scale_pixels(frames), hidden))
+
+
+@torch.no_grad()
+def latent_health(bottleneck):
+    """Not in the paper: signs of a collapse, of latents (B, T, S, Z) in (-1, 1). Effective rank
+    (sum l)^2 / sum l^2 of the frames' covariance eigenvalues l, and share of saturated tanh."""
+    x = bottleneck.float().flatten(0, 1).flatten(1)
+    x = x - x.mean(0)
+    gram = x @ x.T                      # has the covariance's eigenvalues, up to a factor
+    rank = gram.trace().square() / gram.square().sum().clamp_min(1e-12)
+    return {"latent_rank": rank, "tanh_saturated": (bottleneck.abs() > 0.97).float().mean()}
 
 
 def scale_pixels(frames):

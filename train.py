@@ -2,34 +2,43 @@
 
     python train.py                     all stages, evaluation, report, with this machine's preset
     python train.py --stage dynamics    one stage (tokenizer, dynamics, agent, imagine)
+    torchrun --nproc_per_node 2 -- train.py --stage dynamics    the same batch split over processes
 Every config field is a flag: --dynamics.k_max 32. A run lives in runs/NAME: STAGE.pt, config.json,
-metrics.jsonl, pictures, results.json, report.md. A step's randomness is (seed, stage, step)'s.
+metrics.jsonl, pictures, results.json, report.md. A step's randomness is (seed, stage, step)'s, so
+that a run goes on exactly after any interruption, and --replay STEP shows a step again.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import play
-from agent import (STAGES, Agent, AgentConfig, agent_losses, autocast, imagination_losses,
-                   imagine_rollout, load_run, pick_device, pick_dtype)
-from data import Dataset, UserError, env_spec, record, rng_for, run_cli
+from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast,
+                   imagination_losses, imagine_rollout, load_checkpoint, load_run, pick_device,
+                   pick_dtype)
+from data import (Dataset, UserError, check_config, env_spec, read_json, record, rng_for, run_cli,
+                  write_whole)
 from dynamics import Dynamics, DynamicsConfig, dynamics_losses
-from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, lpips_loss, mae_mask,
-                       reconstruction_loss, scale_pixels)
+from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, latent_health,
+                       lpips_loss, mae_mask, reconstruction_loss, scale_pixels)
 
 
 @dataclass
@@ -48,8 +57,8 @@ class DataConfig:
     eval_episodes: int = 100    # 0: the world model alone is judged
     eval_length: int = 500
 
-
     def __post_init__(self):
+        check_config("data", self, zero=("seed", "workers", "eval_episodes"))
         if not 0 <= self.labels <= 1:
             raise UserError(f"Got data.labels {self.labels}, need a share in [0, 1].")
 
@@ -82,12 +91,24 @@ class TrainConfig:
     save_every: int = 250
 
     def __post_init__(self):
+        check_config("train", self, zero=("warmup", "value_first"))
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
+HEADS = ("hidden", "mtp", "bins", "terminal_weight")    # agent settings that its stage fixes
+FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
+HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
+    "latent_rank": (2.0, np.inf, "latents collapse: all frames look alike to the dynamics"),
+    "tanh_saturated": (0.0, 0.3, "latents saturate: learning rate too high, or LPIPS outweighs"),
+    "grad_norm": (1e-6, 100.0, "training is about to diverge, or nothing is learned"),
+    "entropy": (0.02, np.inf, "policy collapsed onto one action: raise --agent.pmpo_beta"),
+    "kl_prior": (0.0, 1.0, "policy left the data's actions: raise --agent.pmpo_beta"),
+    "value_explained": (-0.5, np.inf, "value head does not follow the returns: --train.lr_value"),
+    "positive_share": (0.05, 0.95, "nearly all actions count as good, or bad: --train.lr_value"),
+}
 TOKENIZER_SHARE = 0.22      # of the cpu preset's wall time, measured
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
@@ -115,10 +136,11 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
     "minecraft": {"data.env": "minerl", "data.path": "datasets/minecraft",
                   "data.reference": "datasets/minecraft_reference", "data.eval_episodes": 10,
                   "data.eval_length": 72000, "tokenizer.height": 128, "tokenizer.width": 128,
-                  "tokenizer.patch": 8, "tokenizer.dim": 512, "tokenizer.encoder_layers": 8,
-                  "tokenizer.decoder_layers": 8, "tokenizer.heads": 4, "tokenizer.kv_heads": 4,
-                  "tokenizer.latents": 128, "tokenizer.channels": 16, "tokenizer.context": 16,
-                  "tokenizer.mae_max": 0.9, "dynamics.dim": 1024, "dynamics.layers": 16,
+                  "tokenizer.patch": 8, "tokenizer.cell": 0, "tokenizer.dim": 512,
+                  "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8,
+                  "tokenizer.heads": 4, "tokenizer.kv_heads": 4,
+                  "tokenizer.latents": 128, "tokenizer.channels": 16, "tokenizer.pack": 2,
+                  "tokenizer.context": 16, "tokenizer.mae_max": 0.9, "dynamics.dim": 1024, "dynamics.layers": 16,
                   "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
                   "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
                   "agent.context": 32, "agent.horizon": 15, "train.batch": 16, "train.length": 32,
@@ -129,12 +151,13 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
     "paper": {"data.env": "minerl:384x640", "data.path": "datasets/minecraft_384x640",
               "data.reference": "datasets/minecraft_384x640_reference", "data.eval_episodes": 1000,
               "data.eval_length": 72000, "tokenizer.height": 384, "tokenizer.width": 640,
-              "tokenizer.patch": 16, "tokenizer.dim": 1024, "tokenizer.encoder_layers": 16,
-              "tokenizer.decoder_layers": 16, "tokenizer.heads": 8, "tokenizer.kv_heads": 8,
-              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.context": 48,
-              "tokenizer.local": False, "tokenizer.mae_max": 0.9, "tokenizer.lpips": 0.2,
-              "dynamics.dim": 2048,
-              "dynamics.layers": 36, "dynamics.heads": 16, "dynamics.kv_heads": 4,
+              "tokenizer.patch": 16, "tokenizer.cell": 0, "tokenizer.dim": 1024,
+              "tokenizer.encoder_layers": 16, "tokenizer.decoder_layers": 16,
+              "tokenizer.heads": 8, "tokenizer.kv_heads": 8,
+              "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.pack": 2,
+              "tokenizer.context": 48, "tokenizer.local": False, "tokenizer.mae_max": 0.9,
+              "tokenizer.lpips": 0.2, "dynamics.dim": 2048, "dynamics.layers": 36,
+              "dynamics.heads": 16, "dynamics.kv_heads": 4,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "agent.bc_level": "uniform", "agent.hidden": 2048,
               "agent.horizon": 15, "train.length": 64, "train.long_length": 256,
@@ -163,8 +186,11 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto: cuda, then mps, then cpu")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
-    parser.add_argument("--resume", choices=("auto", "no"), default="auto",
-                        help="auto: go on where the run folder stands; no: train again")
+    parser.add_argument("--resume", choices=("auto", "no", "anyway"), default="auto",
+                        help="auto: go on where the run folder stands; no: train again; anyway: "
+                        "go on with another dataset or tokenizer than it was made with, too")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="run one step of --stage again "
+                        "with the last checkpoint's weights, show its losses, change nothing")
     for prefix, config in CONFIGS.items():
         for field in dataclasses.fields(config):
             kind = to_bool if field.type is bool else field.type
@@ -172,12 +198,18 @@ def parse(argv=None):
                                 metavar=field.type.__name__, help=f"default {field.default}")
     args = parser.parse_args(argv)
     args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-    given = {k: v for k, v in vars(args).items() if "." in k}
-    chosen = {**PRESETS[args.preset], **given}
+    args.given = {k: v for k, v in vars(args).items() if "." in k}
+    chosen = {**PRESETS[args.preset], **args.given}
     configs = {prefix: {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
                         for f in dataclasses.fields(config)} for prefix, config in CONFIGS.items()}
     for prefix, config in CONFIGS.items():
         config(**configs[prefix])                   # a bad value is one line, before anything runs
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"Got --seed {args.seed}, need a whole number from 0.")
+    if args.replay is not None and (args.stage == "all" or not 0 <= args.replay < configs["train"][
+            f"{args.stage}_steps"]):
+        raise UserError(f"Got --replay {args.replay} --stage {args.stage}, need one stage and a "
+                        "step of it, counted from 0.")
     if 0 < configs["train"]["long_share"] and (configs["train"]["long_length"]
                                                <= configs["dynamics"]["context"]):
         raise UserError(f"Got train.long_length {configs['train']['long_length']}, need more than "
@@ -197,6 +229,7 @@ class Job:
     configs: dict
     device: torch.device
     dataset: Dataset
+    mark: float = 0.0           # when the stage began, were it not for breaks
 
     @functools.cached_property
     def known(self):
@@ -225,14 +258,122 @@ def schedule(step, steps, warmup, cooldown):
     return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(cooldown * steps, 1))
 
 
-def save(path, state):
-    """Atomically: written beside, synced, then renamed."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+# ------------------------------------------------------------- data parallel: torchrun train.py
+
+def rank():
+    """Number of this process. Process 0 writes, the others only compute."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Process 0 first; then the others, which find on disk what it made."""
+    if rank():
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def split_rows(*modules):
+    """Each process runs `forward` on its share of the rows and gets the outputs of all rows. From
+    there on every process computes the whole batch's losses: their means and masks stay exact.
+    subtle: a row's gradient arises in one process, that of the heads behind in all n alike. With
+    the rows' times n, the mean over processes (`fit`) is the whole batch's gradient of both."""
+    def each(change, x):                                # tensors (B, ...), in dicts and tuples
+        if isinstance(x, dict):
+            return {k: each(change, v) for k, v in x.items()}
+        if isinstance(x, tuple):
+            return tuple(each(change, v) for v in x)
+        return x if x is None else change(x)
+
+    def split(forward, *inputs, **named):
+        B, n = len(inputs[0]), dist.get_world_size()
+        begin, end = B * rank() // n, B * (rank() + 1) // n
+
+        def whole(x):
+            before, after = (x.new_zeros(k, *x.shape[1:]) for k in (begin, B - end))
+            x = torch.cat([before, x, after])
+            dist.all_reduce(rows := x.detach().clone())
+            return rows + n * (x - x.detach())
+
+        if B < n:                                       # too few: all rows in every process
+            return forward(*inputs, **named)
+        inputs, named = each(lambda x: x[begin:end], (inputs, named))
+        return each(whole, forward(*inputs, **named))
+
+    for module in modules if dist.is_initialized() else ():
+        module.forward = functools.partial(split, module.forward)
+
+
+def average_gradients(parameters):
+    for p in parameters if dist.is_initialized() else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def any_process(noted, device):
+    """The signal that a process has noted, 0 for none: all stop after the same step."""
+    if not dist.is_initialized():
+        return sum(noted)
+    dist.all_reduce(flag := torch.tensor(sum(noted), device=device), dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def join_processes(device):
+    """Under torchrun: meet the other processes -> this process's device."""
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        sys.stdout = open(os.devnull, "w") if rank() else sys.stdout
+    return device
+
+
+# ------------------------------------------------------------------------ checkpoints and the log
+
+def save(path, state, keep=None):
+    write_whole(path, lambda file: torch.save({"version": VERSION, **state}, file), keep)
+
+
+def resume_paths(job, stage):
+    """Newest and second newest checkpoint inside a stage."""
+    return job.folder / f"{stage}.resume.pt", job.folder / f"{stage}.resume.old.pt"
+
+
+def load_resume(job, stage, made_of):
+    """The newest of the two checkpoints that can be read, or None. UserError where there are only
+    damaged ones, or the settings, the recordings or the tokenizer differ from then."""
+    faults, parts = [], {"step", "made_of", "sums", "seconds", "state"}
+    for path in filter(Path.exists, resume_paths(job, stage)):
+        try:
+            state = load_checkpoint(path, job.device)
+            if not parts <= set(state):
+                raise UserError(f"Got {path}, which other code wrote, need {sorted(parts)} in it: "
+                                "start this stage again with --resume no.")
+        except UserError as error:
+            faults.append(f"{error}")
+            continue
+        for fault in faults:
+            print(f"warning: {fault} Going on from the one before, step {state['step']}.")
+        for key, now in made_of.items():
+            then, lifted = state["made_of"].get(key), key == "dataset" or "weights" in key
+            if then != now and not (lifted and job.args.resume == "anyway"):
+                raise UserError(f"Got {key} {now}, {path} was begun with {then}: repeat the "
+                                "settings of then, or start this stage again with --resume no"
+                                + ", or go on with --resume anyway" * lifted + ".")
+        return state
+    if faults:
+        raise UserError(" And: ".join(faults))
+
+
+def fingerprint(module):
+    """sha256 of a module's weights."""
+    weights = (x.float().cpu().numpy().tobytes() for x in module.state_dict().values())
+    return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
 def save_stage(job, stage, step, **modules):
@@ -242,24 +383,29 @@ def save_stage(job, stage, step, **modules):
                                 capture_output=True, text=True).stdout.strip()
     except OSError:                                 # no git on this machine
         commit = ""
-    save(job.folder / f"{stage}.pt",
-         {"stage": stage, "step": step, "commit": commit, "dataset": job.dataset.fingerprint,
-          "spec": job.dataset.spec.to_json(), "config": job.configs,
-          **{name: module.state_dict() for name, module in modules.items()}})
-    (job.folder / f"{stage}.resume.pt").unlink(missing_ok=True)
+    with in_turn():
+        if rank():
+            return
+        save(job.folder / f"{stage}.pt",
+             {"stage": stage, "step": step, "commit": commit, "dataset": job.dataset.fingerprint,
+              "spec": job.dataset.spec.to_json(), "config": job.configs,
+              "seconds": time.perf_counter() - job.mark,
+              **{name: module.state_dict() for name, module in modules.items()}})
+        for path in resume_paths(job, stage):
+            path.unlink(missing_ok=True)
 
 
 class Log:
-    """Means of the metrics between two lines of runs/NAME/metrics.jsonl."""
+    """Means of the metrics between two lines of runs/NAME/metrics.jsonl; `sums`: those that a
+    checkpoint has kept since the last line."""
 
-    def __init__(self, folder, stage, start):
-        path = folder / "metrics.jsonl"
-        old = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-        with open(f"{path}.part", "w") as file:     # without this stage's lines from `start` on
-            file.writelines(json.dumps(x) + "\n" for x in old
-                            if x["stage"] != stage or x["step"] <= start)
-        os.replace(f"{path}.part", path)
-        self.file, self.stage, self.sums, self.mark = open(path, "a"), stage, {}, (None, None)
+    def __init__(self, folder, stage, start, sums):
+        self.path, self.stage, self.mark = folder / "metrics.jsonl", stage, (None, None)
+        self.sums, self.warned = {k: tuple(x) for k, x in sums.items()}, set()
+        lines = [json.dumps(x) + "\n" for x in play.read_metrics(folder)
+                 if x["stage"] != stage or x["step"] <= start]      # later ones come again
+        if rank() == 0:
+            write_whole(self.path, lambda file: file.write("".join(lines).encode()))
 
     def add(self, values):
         for key, value in values.items():       # nan: a bin that no frame of this batch fell into
@@ -274,65 +420,129 @@ class Log:
         self.sums, self.mark = {}, (step, time.perf_counter())
         rate = (step - last) / (self.mark[1] - begin) if begin else None
         line = {"stage": self.stage, "step": step, **means, "rate": rate}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         return line
 
+    def warn(self, line):
+        """What is outside HEALTH in a line of write(), once each: lines for the user."""
+        for key, (low, high, cause) in HEALTH.items():
+            if key in line and not low <= line[key] <= high and key not in self.warned:
+                self.warned.add(key)
+                yield (f"warning: {key} {line[key]:.3g} at step {line['step']} of {self.stage}, "
+                       f"healthy is {low:g} to {high:g}: {cause}. README, tip '{key}'.")
 
-def fit(job, stage, modules, loss_fn, names, optimizers, weights=()):
-    """The loop of every stage. loss_fn(rng, generator, step) -> losses by name, metrics."""
-    cfg, steps = job.train, getattr(job.train, f"{stage}_steps")
+
+@contextlib.contextmanager
+def gentle_stop():
+    """Yields a list: the first SIGINT or SIGTERM is noted in it, the second stops at once."""
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt(128 + number)
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def replay(step, losses, modules):
+    """What --replay STEP ends with."""
+    norms = {name: float(p.grad.norm()) for module in modules
+             for name, p in module.named_parameters() if p.grad is not None}
+    print(f"step {step}:", ", ".join(f"{k} {float(x):.6g}" for k, x in losses.items()))
+    print(f"gradient norm {sum(x * x for x in norms.values()) ** 0.5:.6g}, of which")
+    print(*(f"  {name} {norm:.6g}" for name, norm in norms.items()), sep="\n")
+    sys.exit(0)
+
+
+def fit(job, stage, modules, loss_fn, names, optimizers, weights=(), made_of=()):
+    """The loop of every stage. loss_fn(rng, generator, step) -> losses by name, metrics. made_of:
+    fingerprints of the modules that the stage began with."""
+    cfg, steps, seed = job.train, getattr(job.train, f"{stage}_steps"), job.args.seed
     normalizer = LossNormalizer(names).to(job.device)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.args.dtype == "fp16")
     stateful = [*modules, normalizer, *optimizers, scaler]
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    resume, start = job.folder / f"{stage}.resume.pt", 0
-    made_of = {"seed": job.args.seed, "dataset": job.dataset.fingerprint,
-               **{k: job.configs[k] for k in ("tokenizer", "dynamics", "agent")}}
-    if resume.exists():
-        state = torch.load(resume, map_location=job.device, weights_only=True)
-        for key in (k for k in made_of if state["made_of"][k] != made_of[k]):
-            raise UserError(f"Got another {key} than {resume} was begun with: repeat the settings "
-                            "of then, or start this stage again with --resume no.")
-        for x, saved in zip(stateful, state["state"], strict=True):
-            x.load_state_dict(saved)
-        start = state["step"]
+    others = tuple(f"train.{s}_" for s in STAGES if s != stage)     # settings of other stages
+    used = [*STAGES[:min(STAGES.index(stage), 2) + 1], "train"]
+    settings = {f"{p}.{k}": v for p in used for k, v in job.configs[p].items()}
+    made_of = {"seed": seed, "dtype": job.args.dtype, "dataset": job.dataset.fingerprint,
+               **{f"{k} weights": v for k, v in dict(made_of).items()},
+               **{k: v for k, v in settings.items() if k not in FREE and not k.startswith(others)}}
+    state, shown = load_resume(job, stage, made_of), job.args.replay
+    if state is None:
+        state = {"step": 0, "sums": {}, "seconds": 0.0, "state": [x.state_dict() for x in stateful]}
+        if shown is not None and (job.folder / f"{stage}.pt").exists():         # a finished stage
+            done = load_checkpoint(job.folder / f"{stage}.pt", job.device)
+            state["step"] = done["step"]
+            state["state"][:len(modules)] = [done[type(m).__name__.lower()] for m in modules]
+    for x, saved in zip(stateful, state["state"], strict=True):
+        x.load_state_dict(saved)
+    start, job.mark = state["step"], job.mark - state["seconds"]
+    if shown is not None:
+        print(f"Step {shown} with the weights that the last checkpoint has, of step {start}.")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     print(f"Stage {stage}: {sum(p.numel() for p in parameters):,} parameters, steps {start} to "
           f"{steps}, {job.device} {job.args.dtype}, dataset {job.dataset.frames_total:,} frames in "
           f"{len(job.dataset.lengths)} episodes, every 20th kept for validation.", flush=True)
-    log, bar = Log(job.folder, stage, start), tqdm(range(start, steps), stage, steps, initial=start)
-    for step in bar:
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, steps, min(cfg.warmup, steps // 10), cfg.cooldown)
-        rng = rng_for(job.args.seed, stage, step)
-        generator = torch.Generator(job.device).manual_seed(int(rng.integers(2 ** 31)))
-        with autocast(job.device, job.args.dtype):
-            losses, metrics = loss_fn(rng, generator, step)
-        total = normalizer(losses, weights)
-        scaler.scale(total).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        if not torch.isfinite(total) or not (scaler.is_enabled() or torch.isfinite(norm)):
-            raise UserError(f"Got a loss of {float(total)} at step {step} of {stage} (seed "
-                            f"{job.args.seed}): try a lower --train.lr_matrix and --train.lr.")
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        log.add({**losses, **metrics, "grad_norm": norm})
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            line = log.write(step + 1)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
-            if step + 1 == start + 2 * cfg.log_every and (job.args.preset, stage) == (
-                    "cpu", "tokenizer"):
-                minutes = steps / line["rate"] / 60 / TOKENIZER_SHARE
-                bar.write(f"At this speed all stages together take about {minutes:.0f} minutes.")
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            save(resume, {"step": step + 1, "made_of": made_of,
-                          "state": [x.state_dict() for x in stateful]})
+    log = Log(job.folder, stage, start, state["sums"]) if shown is None else None
+    todo = range(start, steps) if shown is None else [shown]
+    bar = tqdm(todo, stage, steps, initial=start, disable=rank() > 0 or shown is not None)
+    with gentle_stop() as stopped:
+        for step in bar:
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * schedule(step, steps, min(cfg.warmup, steps // 10),
+                                              cfg.cooldown)
+            rng = rng_for(seed, stage, step)
+            generator = torch.Generator(job.device).manual_seed(int(rng.integers(2 ** 31)))
+            with autocast(job.device, job.args.dtype):
+                losses, metrics = loss_fn(rng, generator, step)
+            total = normalizer(losses, weights)
+            scaler.scale(total).backward()
+            average_gradients(parameters)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            if shown is not None:
+                replay(step, losses, modules)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+            if not torch.isfinite(total) or not (scaler.is_enabled() or torch.isfinite(norm)):
+                raise UserError(
+                    f"Got a loss of {float(total)}, gradient norm {float(norm)} at step {step} of "
+                    f"{stage} (seed {seed}); the last checkpoint is kept: look with --stage "
+                    f"{stage} --replay {step}, or try a lower --train.lr_matrix and --train.lr.")
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            log.add({**losses, **metrics, "grad_norm": norm})
+            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+                line = log.write(step + 1)
+                for warning in log.warn(line) if step + 1 >= steps // 4 and rank() == 0 else ():
+                    bar.write(warning, sys.stderr)
+                bar.set_postfix({k: f"{line[k]:.3g}" for k in names if k in line}, refresh=False)
+                if step + 1 == start + 2 * cfg.log_every and (job.args.preset, stage) == (
+                        "cpu", "tokenizer"):
+                    minutes = f"{steps / line['rate'] / 60 / TOKENIZER_SHARE:.0f} minutes"
+                    bar.write(f"At this speed all stages together take about {minutes}.")
+            signalled = any_process(stopped, job.device)
+            if signalled or (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+                with in_turn():
+                    state = {"step": step + 1, "made_of": made_of, "sums": log.sums,
+                             "seconds": time.perf_counter() - job.mark,
+                             "state": [x.state_dict() for x in stateful]}
+                    if rank() == 0:
+                        newest, before = resume_paths(job, stage)
+                        save(newest, state, before)
+            if signalled:
+                raise KeyboardInterrupt(128 + signalled)
     for module in modules:
         module.eval()
 
@@ -353,23 +563,57 @@ def compile_module(module, device):
 
 # -------------------------------------------------------------------------------------- stages
 
-def stage_before(job, stage):
-    """The run as the stage before left it. UserError where it was made for other play."""
+def open_stage(job, stage):
+    """The run as `stage` left it; its settings go on into job.configs. UserError where it was made
+    of other play or another tokenizer, or a flag contradicts its settings."""
     run = load_run(job.folder, stage, job.device)
-    if run.spec != job.dataset.spec:
-        raise UserError(f"Got recordings of {job.dataset.spec.name!r}, {run.path} was trained on "
-                        f"{run.spec.name!r}: name the same --data.env and --data.path.")
+    now, then = job.dataset.spec.to_json(), run.spec.to_json()
+    for key in (k for k in now if now[k] != then[k]):
+        raise UserError(f"Got recordings of {key} {now[key]}, {run.path} was trained on "
+                        f"{then[key]}: name the same --data.env and --data.path.")
+    rests = {"dataset": (job.dataset.fingerprint, run.meta.get("dataset"))}
+    if stage != "tokenizer" and (job.folder / "tokenizer.pt").exists():
+        rests["tokenizer"] = (fingerprint(load_run(job.folder, "tokenizer", job.device).tokenizer),
+                              fingerprint(run.tokenizer))
+    for name, (got, made) in rests.items():
+        if got != made and job.args.resume != "anyway":
+            raise UserError(f"Got {name} {got}, {run.path} was made with {made}: go back to that "
+                            "one, train again with --resume no, or go on with --resume anyway.")
+    for prefix in ("tokenizer", "dynamics", "agent"):
+        if getattr(run, prefix):
+            saved = run.meta["config"][prefix]
+            take_settings(job, prefix, {k: v for k, v in saved.items()
+                                        if (prefix, stage) != ("agent", "agent") or k in HEADS},
+                          run.path)
     return run
+
+
+def take_settings(job, prefix, settings, source):
+    """Settings that are no longer free go into job.configs; a flag that contradicts is an error."""
+    for key, value in settings.items():
+        flag = job.args.given.get(f"{prefix}.{key}", value)
+        if flag != value:
+            raise UserError(f"Got --{prefix}.{key} {flag}, but {source} has {value}: leave the "
+                            "flag out, or train all from there on with --resume no.")
+    job.configs[prefix].update(settings)
+
+
+def weights_of(run):
+    """Fingerprints of a run's modules."""
+    return {k: fingerprint(getattr(run, k)) for k in ("tokenizer", "dynamics", "agent")
+            if getattr(run, k)}
 
 
 def train_tokenizer(job):
     """Section 3.1: masked autoencoding of frames."""
     cfg, spec = job.train, job.dataset.spec
-    job.configs["tokenizer"].update(height=spec.height, width=spec.width)
+    take_settings(job, "tokenizer", {"height": spec.height, "width": spec.width},
+                  job.dataset.path)
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
     if job.train.compile:
         compile_module(tokenizer, job.device)
+    split_rows(tokenizer)
 
     def frames(rng, relevant):
         half = cfg.tokenizer_batch // 2         # relevant windows show the rare things more often
@@ -384,7 +628,10 @@ def train_tokenizer(job):
         B, T = x.shape[:2]
         hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, generator, job.device)
         losses = reconstruction_loss(tokenizer(x, hidden), x, perceptual)
-        return losses, {}
+        if (step + 1) % cfg.log_every:
+            return losses, {}
+        with torch.no_grad():
+            return losses, latent_health(tokenizer.bottleneck(x))
 
     fit(job, "tokenizer", [tokenizer], loss_fn, ["mse", "lpips"],
         make_optimizers([tokenizer], cfg.lr_matrix, cfg.lr), {"lpips": tokenizer.cfg.lpips})
@@ -398,17 +645,29 @@ def train_tokenizer(job):
 def cached_latents(job, tokenizer):
     """Latents of all frames, float16 (frames, S_z, Z): streamed episode by episode through the
     frozen tokenizer once, and kept beside the run."""
+    with in_turn():
+        return make_latents(job, tokenizer)
+
+
+def make_latents(job, tokenizer):
     path, about = job.folder / "latents.npy", job.folder / "latents.json"
-    weights = b"".join(p.float().cpu().numpy().tobytes() for p in tokenizer.state_dict().values())
-    made_of = {"tokenizer": hashlib.sha256(weights).hexdigest(),
-               "dataset": job.dataset.fingerprint}
-    if about.exists() and json.loads(about.read_text()) == made_of:
-        return np.load(path, mmap_mode="r")
-    data, cfg = job.dataset, tokenizer.cfg
-    part = path.with_suffix(".part.npy")            # on disk: it may be larger than the memory
-    latents = np.lib.format.open_memmap(part, "w+", np.float16, (
-        data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack))
-    with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
+    made_of = {"tokenizer": fingerprint(tokenizer), "dataset": job.dataset.fingerprint}
+    old = read_json(about) if about.exists() else {}
+    if {k: old.get(k) for k in made_of} == made_of:
+        try:
+            latents = np.load(path, mmap_mode="r")
+            if old.get("crc") in (None, zlib.crc32(latents)):
+                return latents
+            raise ValueError("changed bytes")
+        except (OSError, ValueError, EOFError) as error:
+            print(f"warning: got damaged latents in {path} ({error}): computing them again.")
+    data, cfg, crc = job.dataset, tokenizer.cfg, 0
+    shape = data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack
+
+    def write(file):                                # piece by piece: may be larger than the memory
+        nonlocal crc
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f2", "fortran_order": False, "shape": tuple(map(int, shape))})
         for i, length in enumerate(data.lengths):
             cache = tokenizer.new_cache()
             for start in range(0, length, LATENT_CHUNK):
@@ -416,13 +675,15 @@ def cached_latents(job, tokenizer):
                 frames = job.to_device(data.read([i], [start], n, ["frames"])["frames"])
                 with autocast(job.device, job.args.dtype):
                     z = tokenizer.encode(frames, cache)[0]
-                first = data.offsets[i] + start
-                latents[first:first + n] = z.cpu().numpy()
+                piece = z.cpu().numpy().astype("<f2").tobytes()
+                file.write(piece)
+                crc = zlib.crc32(piece, crc)
                 bar.update(int(n))
-    latents.flush()
-    os.replace(part, path)
-    play.write_json(about, made_of)
-    return latents
+
+    with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
+        write_whole(path, write)
+    play.write_json(about, {**made_of, "crc": crc})
+    return np.load(path, mmap_mode="r")
 
 
 def known_actions(job):
@@ -491,14 +752,14 @@ def rollout_check(job, run, n=16, context=16, horizon=4):
 
 def train_dynamics(job):
     """Section 3.2: shortcut forcing on the frozen tokenizer's latents."""
-    run = stage_before(job, "tokenizer")
+    run = open_stage(job, "tokenizer")
     latents, tok, spec = cached_latents(job, run.tokenizer), run.tokenizer.cfg, run.spec
-    job.configs["tokenizer"] = dataclasses.asdict(tok)
-    job.configs["dynamics"].update(tokens=tok.latents // tok.pack, channels=tok.channels * tok.pack,
-                                   tasks=len(spec.tasks))
+    take_settings(job, "dynamics", {"tokens": tok.latents // tok.pack, "tasks": len(spec.tasks),
+                                    "channels": tok.channels * tok.pack}, run.path)
     dynamics = Dynamics(DynamicsConfig(**job.configs["dynamics"]), spec.actions).to(job.device)
     if job.train.compile:
         compile_module(dynamics, job.device)
+    split_rows(dynamics)
     cfg = job.train
 
     def loss_fn(rng, generator, step):
@@ -513,19 +774,23 @@ def train_dynamics(job):
         return losses, metrics
 
     fit(job, "dynamics", [dynamics], loss_fn, ["dynamics"],
-        make_optimizers([dynamics], cfg.lr_matrix, cfg.lr))
+        make_optimizers([dynamics], cfg.lr_matrix, cfg.lr), made_of=weights_of(run))
     save_stage(job, "dynamics", cfg.dynamics_steps, tokenizer=run.tokenizer, dynamics=dynamics)
 
 
 def train_agent(job):
     """Section 3.3, Eq. 9: agent tokens and heads; the dynamics go on learning beside them."""
-    run = stage_before(job, "dynamics")
+    run = open_stage(job, "dynamics")
+    if not any(job.dataset.rows(i)["labelled"].any() for i in job.dataset.episodes("train")):
+        raise UserError(f"Got {job.dataset.path} without labelled frames, need actions for the "
+                        "policy: label some, or stop after --stage dynamics.")
     latents, dynamics = cached_latents(job, run.tokenizer), run.dynamics.requires_grad_(True)
-    job.configs.update({k: run.meta["config"][k] for k in ("tokenizer", "dynamics")})
+    made_of = weights_of(run)
     agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim,
                   run.spec.actions).to(job.device)
     if job.train.compile:
         compile_module(dynamics, job.device)
+    split_rows(dynamics)
     cfg = job.train
 
     def loss_fn(rng, generator, step):
@@ -544,7 +809,7 @@ def train_agent(job):
         return losses | more, metrics | more_metrics
 
     fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
-        make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2))
+        make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2), made_of=made_of)
     agent.freeze_prior()
     save_stage(job, "agent", cfg.agent_steps, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
@@ -552,11 +817,9 @@ def train_agent(job):
 
 def train_imagine(job):
     """Section 3.3, Eq. 10 and 11: policy and value head learn from imagined rollouts alone."""
-    run = stage_before(job, "agent")
+    run = open_stage(job, "agent")
     latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
-    job.configs.update({k: run.meta["config"][k] for k in ("tokenizer", "dynamics")})
-    fixed = ("hidden", "mtp", "bins", "terminal_weight")        # the heads were trained with them
-    job.configs["agent"].update({k: run.meta["config"]["agent"][k] for k in fixed})
+    made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
     agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
     cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
@@ -578,7 +841,7 @@ def train_imagine(job):
     optimizer = torch.optim.AdamW([{"params": agent.policy.parameters(), "lr": cfg.lr_policy},
                                    {"params": agent.value.parameters(), "lr": cfg.lr_value}],
                                   weight_decay=0.0)
-    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer])
+    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer], made_of=made_of)
     save_stage(job, "imagine", cfg.imagine_steps, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
 
@@ -662,6 +925,7 @@ def main():
     if device.type == "cpu" and sys.platform == "linux":    # keep big buffers instead of returning
         for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system
             ctypes.CDLL(None).mallopt(knob, value)
+    device = join_processes(device)
     data, folder = DataConfig(**configs["data"]), Path("runs") / args.run
     command = "python train.py " + " ".join(sys.argv[1:])
     path = Path(data.path or f"datasets/{data.env.replace(':', '_')}_{data.episodes}x{data.length}"
@@ -670,45 +934,71 @@ def main():
                if v != getattr(CONFIGS[p](), k)}
     print(f"Run {folder}, preset {args.preset}, {device}, changed settings: {changed or 'none'}")
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = {}
-    if not data.path:
-        record(data.env, path, data.episodes, data.length, data.seed, data.workers)
-    reference = play.reference_set(data.env, data.reference_episodes, data.length, data.workers,
-                                   data.reference)
-    seconds["record"] = time.perf_counter() - begin
+    with in_turn():
+        if not data.path:
+            record(data.env, path, data.episodes, data.length, data.seed, data.workers)
+        reference = play.reference_set(data.env, data.reference_episodes, data.length,
+                                       data.workers, data.reference)
     job = Job(args, folder, data, TrainConfig(**configs["train"]), configs, device, Dataset(path))
+    if not len(job.dataset.episodes("valid")):
+        raise UserError(f"Got 1 episode in {path}, which leaves none to hold out, need at least 2: "
+                        "record more.")
+
+    def note_time(part, seconds):
+        play.add_results(folder, command, {f"wall_seconds_{part}": (seconds, None, None, 1, "s")})
+
+    if rank() == 0 and "wall_seconds_record" not in play.read_results(folder):
+        note_time("record", time.perf_counter() - begin)
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        if (folder / f"{stage}.pt").exists() and args.resume == "auto":
-            print(f"Stage {stage}: {folder / stage}.pt is there; --resume no trains it again.")
-            continue
-        if args.resume == "no":
-            for old in (folder / f"{stage}.pt", folder / f"{stage}.resume.pt"):
-                old.unlink(missing_ok=True)
-        mark = time.perf_counter()
-        torch.manual_seed(int(rng_for(args.seed, f"{stage} weights", 0).integers(2 ** 31)))
-        {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": train_agent,
-         "imagine": train_imagine}[stage](job)
-        play.write_json(folder / "config.json", job.configs)
-        pictures(job, stage, reference)
-        seconds[stage] = time.perf_counter() - mark
+        if stage == "imagine" and dist.is_initialized():
+            print(f"Stage imagine runs on one process: {dist.get_world_size() - 1} others leave.")
+            if rank():
+                return
+            dist.destroy_process_group()
+        run_stage(job, stage, reference, note_time)
+    if rank():
+        return
     if args.stage == "all":
         mark = time.perf_counter()
         play.evaluate(["eval", "--run", str(folder), "--episodes", str(data.eval_episodes),
                        "--length", str(data.eval_length), "--workers", str(data.workers),
                        "--device", args.device, "--dtype", args.dtype,
                        *["--world-only"] * (data.eval_episodes == 0)])
-        seconds["evaluation"] = time.perf_counter() - mark
-    total = time.perf_counter() - begin
-    if all(stage in seconds for stage in STAGES):       # a rerun that skips stages has no total
-        seconds["total"] = total
-    else:
-        del seconds["record"]
-    play.add_results(folder, command, {f"wall_seconds_{k}": (v, None, None, 1, "s")
-                                       for k, v in seconds.items()})
+        note_time("evaluation", time.perf_counter() - mark)
+        walls = [play.read_results(folder)[f"wall_seconds_{part}"]["value"]
+                 for part in ("record", *STAGES, "evaluation")]
+        note_time("total", sum(walls))                  # breaks and work that was lost don't count
     report = play.write_report(folder)
     if args.stage == "all":
         print(play.results_table(play.read_results(folder)))
-    print(f"Done in {total / 60:.1f} minutes. Look at {report} and its pictures.")
+    print(f"Done in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at {report} and its "
+          "pictures.")
+
+
+def run_stage(job, stage, reference, note_time):
+    """Train a stage, or see that it is there; then what a person looks at."""
+    job.mark, final = time.perf_counter(), job.folder / f"{stage}.pt"
+    if job.args.resume == "no" and job.args.replay is None:
+        for old in (final, *resume_paths(job, stage)):
+            old.unlink(missing_ok=True)
+    trained = not final.exists() or job.args.replay is not None
+    if trained:
+        seed = int(rng_for(job.args.seed, f"{stage} weights", 0).integers(2 ** 31))
+        torch.manual_seed(seed)
+        {"tokenizer": train_tokenizer, "dynamics": train_dynamics, "agent": train_agent,
+         "imagine": train_imagine}[stage](job)
+    else:
+        print(f"Stage {stage}: {final} is there; --resume no trains it again.")
+    seconds = open_stage(job, stage).meta.get("seconds")      # reads back what was written
+    if rank():
+        return
+    play.write_json(job.folder / "config.json", job.configs)
+    if trained or not (job.folder / f"{stage}_curves.png").exists():
+        pictures(job, stage, reference)
+    if trained:
+        note_time(stage, time.perf_counter() - job.mark)
+    elif f"wall_seconds_{stage}" not in play.read_results(job.folder):      # killed before that
+        note_time(stage, seconds or 0.0)
 
 
 if __name__ == "__main__":
