@@ -685,17 +685,18 @@ def write_whole(path, write, keep=None):
     try:
         with open(part, "wb") as file:
             # subtle: given a real file, np.save writes through C and on a full disk says nothing
-            write(types.SimpleNamespace(write=file.write, flush=file.flush))
+            write(types.SimpleNamespace(write=file.write, seek=file.seek, flush=file.flush))
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # RuntimeError: torch.save on a full disk
-        if part.is_file():
-            part.unlink()
+    except OSError as error:
         raise UserError(f"got no room or no right to write {path} ({error}); need both; do: see to "
                         "it, then the same command goes on from what was written before") from None
+    finally:
+        if part.is_file():
+            part.unlink()
 
 
 def write_episode(folder, index, frames, actions, events, continues, labelled=None, probes=None):
@@ -1254,7 +1255,10 @@ def import_one(video, folder, size, fps=None):
         nonlocal count
         file.write(npy_header(row.dtype, 0))
         for t in range(start, end):
-            frame = next(frames, None)
+            try:
+                frame = next(frames, None)
+            except (OSError, RuntimeError) as error:          # of ffmpeg: the video's fault
+                raise ValueError(error) from None
             if frame is None:
                 break
             for k in columns:
@@ -1287,9 +1291,9 @@ def import_one(video, folder, size, fps=None):
             raise ValueError(f"{count} frames for {total} lines")
         if max(pieces.values()) < 2:
             raise ValueError(f"{count} frames")
-    except (*BROKEN, OSError, RuntimeError) as error:         # of ffmpeg: without a number
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise UserError(f"got {error}; need room; do: make some, the same command goes on")
+    except UserError:                                         # no room: not the video's fault
+        raise
+    except (*BROKEN, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         pieces = {i: 0 for i in pieces}
     finally:

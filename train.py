@@ -138,8 +138,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                   "data.eval_length": 72000, "tokenizer.height": 128, "tokenizer.width": 128,
                   "tokenizer.patch": 8, "tokenizer.cell": 0, "tokenizer.dim": 512,
                   "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8,
-                  "tokenizer.heads": 4, "tokenizer.kv_heads": 4,
-                  "tokenizer.latents": 128, "tokenizer.channels": 16, "tokenizer.pack": 2,
+                  "tokenizer.heads": 4, "tokenizer.kv_heads": 4, "tokenizer.latents": 128,
+                  "tokenizer.channels": 16, "tokenizer.pack": 2,
                   "tokenizer.context": 16, "tokenizer.mae_max": 0.9, "dynamics.dim": 1024, "dynamics.layers": 16,
                   "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
                   "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
@@ -336,7 +336,12 @@ def join_processes(device):
 # ------------------------------------------------------------------------ checkpoints and the log
 
 def save(path, state, keep=None):
-    write_whole(path, lambda file: torch.save({"version": VERSION, **state}, file), keep)
+    def write(file):
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:                       # torch's way to say so
+            raise OSError(error) from None
+    write_whole(path, write, keep)
 
 
 def resume_paths(job, stage):
