@@ -3,7 +3,6 @@
 A docstring says what the test fails on; each negative claim has a positive control beside it.
 """
 import base64
-import copy
 import hashlib
 import http.server
 import io
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def test_crafter_is_deterministic_across_processes(tmp_path):
     """Fails if creatures are drawn from sets ordered by memory address."""
     script = tmp_path / "walk.py"
     script.write_text(f"""
-import copy
+
 import hashlib, os, sys, numpy as np
 sys.path.insert(0, {str(REPO)!r})
 import data
@@ -1565,7 +1565,7 @@ def test_frozen_matrices_change_nothing():
     tau, d = levels(2, 6)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = model(z, tau, d, actions, labelled)[0]
-        after = freeze(copy.deepcopy(model), torch.device("cpu"), "bf16")(
+        after = freeze(deepcopy(model), torch.device("cpu"), "bf16")(
             z, tau, d, actions, labelled)[0]
     assert torch.equal(before, after)
     exact = model(z, tau, d, actions, labelled)[0]
