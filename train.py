@@ -9,6 +9,7 @@ that a run goes on exactly after any interruption, and --replay STEP shows a ste
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -330,6 +331,8 @@ def join_processes(device):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
+        # subtle: gloo's threads abort a process that ends while they are there
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         sys.stdout = open(os.devnull, "w") if rank() else sys.stdout
     return device
 
