@@ -31,6 +31,8 @@ class AgentConfig:
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
+    prompts: bool = True        # False: the policy isn't told its task ("notask")
+    pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
     terminal_weight: float = 20.0   # of the rare class in the continue head's loss
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
@@ -38,6 +40,9 @@ class AgentConfig:
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
     pmpo_beta: float = 0.3      # 0.3
+    objective: str = "pmpo"     # "pmpo" | "advantage": weighted by it, normalised (ablation)
+    h_pass: str = "commit"      # h of imagined frames: "commit" | "denoise", last pass (ablation)
+    corrupt: bool = True        # imagined frames enter the context with noise (ablation)
 
     def __post_init__(self):
         check_config("agent", self, zero=("mtp",))
@@ -46,8 +51,10 @@ class AgentConfig:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
         if self.relevant == 1:
             raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
-        if self.bc_level not in ("context", "uniform"):
-            raise UserError(f"Got agent.bc_level {self.bc_level!r}, need 'context' or 'uniform'.")
+        for name, words in (("bc_level", ("context", "uniform")), ("h_pass", ("commit", "denoise")),
+                            ("objective", ("pmpo", "advantage"))):
+            if getattr(self, name) not in words:
+                raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of {words}.")
 
 
 # ------------------------------------------------------------------ symexp two-hot, the heads
@@ -155,9 +162,10 @@ class Agent(nn.Module):
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
 
-    def act(self, h, generator=None):
-        """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .)."""
-        return sample_action(self.spec, self.policy(h)[:, 0], generator)
+    def act(self, h, generator=None, temperature=1.0):
+        """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .).
+        temperature < 1 sharpens the policy."""
+        return sample_action(self.spec, self.policy(h)[:, 0] / temperature, generator)
 
     def rewards(self, h):
         """Expected reward on reaching the frame of h (...): the head at distance 0."""
@@ -247,19 +255,27 @@ def pmpo_loss(log_prob, advantages, kl, alpha, beta):
     return (1 - alpha) * mean(~good) - alpha * mean(good) + beta * kl.mean()
 
 
+def advantage_loss(log_prob, advantages, returns, kl, beta):
+    """Ablation of Eq. 11: the advantage itself, over the range of the middle 90 % of returns."""
+    spread = torch.quantile(returns, 0.95) - torch.quantile(returns, 0.05)
+    return -(log_prob * advantages / spread.clamp_min(1e-3)).mean() + beta * kl.mean()
+
+
 @torch.no_grad()
-def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, generator):
+def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, generator, dream=None):
     """Plays the policy inside the dream, once from each data context.
 
     z (B, C, S_z, Z), actions[:, t] led to frame t, task (B, C). Returns h (B, horizon + 1, D),
     where h[:, 0] is the context's end, the sampled actions of (B, horizon, .), actions[:, t] taken
-    at h[:, t], and the imagined latents (B, horizon, S_z, Z).
+    at h[:, t], and the imagined latents (B, horizon, S_z, Z). dream: another class than Dream.
     """
-    dream = Dream(dynamics, generator)
+    dream = (dream or Dream)(dynamics, generator)
+    dream.corrupt, dream.denoise_h = agent.cfg.corrupt, agent.cfg.h_pass == "denoise"
     hs, chosen, frames = [dream.commit(z, actions, labelled, task)[:, -1]], [], []
     for _ in range(horizon):
         action = {k: x[:, None] for k, x in agent.act(hs[-1], generator).items()}
         z, h = dream.step(action, task[:, -1:])
+        h = dream.h_denoise if dream.denoise_h else h
         chosen.append(action), hs.append(h[:, 0]), frames.append(z)
     actions = {k: torch.cat([a[k] for a in chosen], 1) for k in chosen[0]}
     return torch.stack(hs, 1), actions, torch.cat(frames, 1)
@@ -278,7 +294,10 @@ def imagination_losses(agent, h, actions):
     logits = agent.policy(h[:, :-1])[:, :, 0]
     log_prob = action_log_prob(agent.spec, logits, actions)
     kl = action_kl(agent.spec, logits, prior)
-    losses = {"policy": pmpo_loss(log_prob, advantages, kl, cfg.pmpo_alpha, cfg.pmpo_beta),
+    policy = (pmpo_loss(log_prob, advantages, kl, cfg.pmpo_alpha, cfg.pmpo_beta)
+              if cfg.objective == "pmpo" else
+              advantage_loss(log_prob, advantages, returns, kl, cfg.pmpo_beta))
+    losses = {"policy": policy,
               "value": value_loss(agent.value(h[:, :-1])[..., 0, :], returns, agent.bins)}
     spread = returns.var().clamp_min(1e-8)
     return losses, {"imagined_reward": rewards[:, 1:].sum(1).mean(), "kl_prior": kl.mean().detach(),

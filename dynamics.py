@@ -277,27 +277,36 @@ class Dream:
         self.model, self.generator, self.k = model, generator, model.cfg.k
         self.cache = cache or Cache(model.cfg.context)
         self.d_label = model.d_min if model.cfg.p_boot == 0 else None   # diffusion forcing
+        self.corrupt = True             # False (ablation): committed frames get no noise
+        self.denoise_h, self.h_denoise = False, None    # (ablation) h of `imagine`'s last pass
 
     def noise(self, B, T):
         cfg, device = self.model.cfg, self.model.agent_token.device
         return torch.randn(B, T, cfg.tokens, cfg.channels, generator=self.generator, device=device)
 
+    def as_context(self, z):
+        """z (B, T, S_z, Z) -> z_tilde, tau, d: how committed frames are shown to the model."""
+        tau = torch.full(z.shape[:2], self.model.tau_ctx, device=z.device)
+        z_tilde = corrupt(self.noise(*tau.shape), z, tau) if self.corrupt else z
+        return z_tilde, tau, torch.full_like(tau, self.model.d_min)
+
     @torch.no_grad()
     def commit(self, z, actions, labelled, task=None):
         """z (B, T, S_z, Z) clean, actions[:, t] led to frame t. Returns h (B, T, D) or None."""
-        B, T = z.shape[:2]
-        tau = torch.full((B, T), self.model.tau_ctx, device=z.device)
-        z_tilde = corrupt(self.noise(B, T), z, tau)
-        _, h = self.model(z_tilde, tau, torch.full_like(tau, self.model.d_min), actions, labelled,
-                          task, cache=self.cache)
-        self.cache.advance(T)
+        _, h = self.model(*self.as_context(z), actions, labelled, task, cache=self.cache)
+        self.cache.advance(z.shape[1])
         return h
 
     @torch.no_grad()
     def imagine(self, actions, labelled, task=None):
-        """actions (B, 1, .) -> the frame they lead to, (B, 1, S_z, Z). Commit it to go on."""
+        """actions (B, 1, .) -> the frame they lead to, (B, 1, S_z, Z). Commit it to go on. The
+        agent tokens, which it does not depend on, are left out unless their output is wanted."""
+        task = task if self.denoise_h or not self.cache.layers else None
+
         def f(z, tau, d):
-            return self.model(z, tau, d, actions, labelled, task, cache=self.cache)[0]
+            z1_hat, self.h_denoise = self.model(z, tau, d, actions, labelled, task,
+                                                cache=self.cache)
+            return z1_hat
         return euler_sample(f, self.noise(len(labelled), 1), self.k, self.d_label)
 
     def step(self, actions, task=None):

@@ -13,6 +13,7 @@ ladder score of sampled policies on unseen worlds, with 95 % intervals.
 import argparse
 import base64
 import collections
+import copy
 import dataclasses
 import functools
 import json
@@ -39,16 +40,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from agent import (autocast, freeze, imagine_rollout, load_run, pick_device, pick_dtype,
-                   sample_action, split_logits)
+from agent import (STAGES, Agent, AgentConfig, autocast, freeze, imagine_rollout, load_run,
+                   pick_device, pick_dtype, sample_action, split_logits)
 from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off, controls,
                   copy_env, finish_dataset, make_env, play_episode, read_json, record, rng_for,
                   run_cli, write_episode, write_whole)
-from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
+from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses, euler_sample
 from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
 HORIZONS = (1, 4, 8, 16, 32, 64)
-REFERENCE_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 30_000, 40_000
+REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 20_000, 30_000, 40_000
+TEMPERATURES = (1.0, 0.75, 0.5, 0.3)
 FILM = 1000                 # most frames of an episode's GIF
 
 
@@ -742,29 +744,53 @@ def seconds(step, repeats, device):
     return float(np.median(times[1:]))
 
 
+class Recomputed(Dream):
+    """A dream without a cache, to measure what that saves: every pass sees the context again."""
+
+    def __init__(self, model, generator=None, cache=None):
+        super().__init__(model, generator, cache)
+        self.past = []                                  # a tuple of the model's inputs per commit
+
+    def again(self, *inputs):
+        """The model's outputs for these inputs, behind those of the past."""
+        def join(parts):
+            if isinstance(parts[0], dict):
+                return {k: join([x[k] for x in parts]) for k in parts[0]}
+            return None if parts[0] is None else torch.cat(parts, 1)[:, -self.cache.context:]
+
+        T = inputs[0].shape[1]
+        return [None if y is None else y[:, -T:] for y in
+                self.model(*(join(parts) for parts in zip(*self.past, inputs, strict=True)))]
+
+    @torch.no_grad()
+    def commit(self, z, actions, labelled, task=None):
+        inputs = *self.as_context(z), actions, labelled, task
+        h = None if task is None else self.again(*inputs)[1]
+        self.past.append(inputs)
+        self.past = self.past[-self.cache.context:]
+        return h
+
+    @torch.no_grad()
+    def imagine(self, actions, labelled, task=None):
+        return euler_sample(lambda z, tau, d: self.again(z, tau, d, actions, labelled, task)[0],
+                            self.noise(len(labelled), 1), self.k, self.d_label)
+
+
 @torch.no_grad()
-def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, cached=True, repeats=12):
+def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, kind=Dream, repeats=12):
     """Frames/s of a dream of B rows on a full context; tokenizer: frames are decoded as well;
-    not cached: every pass sees the whole context again, as a model without a cache does."""
+    kind: Dream, or Recomputed."""
     cfg = model.cfg
     model.cfg = dataclasses.replace(cfg, k=k or cfg.k)
     spec = model.action_spec
     with autocast(device, dtype):
-        dream = Dream(model, cache=Cache(context))
+        dream = kind(model, cache=Cache(context))
         view = None if tokenizer is None else tokenizer.new_cache()
         inputs, one = (empty_inputs(cfg, spec, B, T, device) for T in (context, 1))
-        if cached:
-            dream.commit(*inputs)
+        dream.commit(*inputs)
 
         def step():
-            if cached:
-                z = dream.step(one[1])[0]
-            else:
-                z, actions, labelled = empty_inputs(cfg, spec, B, context + 1, device)
-                tau = torch.full(z.shape[:2], model.tau_ctx, device=device)
-                for _ in range(model.cfg.k):        # the last frame's passes; no commit is needed
-                    z = model(z, tau, torch.full_like(tau, model.d_min), actions, labelled)[0]
-                z = z[:, -1:]
+            z = dream.step(one[1])[0]
             if view:
                 tokenizer.decode(z, view).cpu()
 
@@ -774,24 +800,33 @@ def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, cached=
 
 
 @torch.no_grad()
+def imagination_rate(model, agent, B, context, horizon, device, dtype, kind=Dream, repeats=3):
+    """Imagined frames/s of training's rollouts: policy, rewards and values included."""
+    task = torch.zeros(B, context, dtype=torch.long, device=device)
+    inputs = empty_inputs(model.cfg, model.action_spec, B, context, device)
+
+    def rollout():
+        h = imagine_rollout(model, agent, *inputs, task, horizon, torch.Generator(device), kind)[0]
+        (agent.rewards(h) + agent.values(h)).cpu()
+
+    with autocast(device, dtype):
+        return B * horizon / seconds(rollout, repeats, device)
+
+
+@torch.no_grad()
 def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
-    device, cfg, spec = run.device, run.dynamics.cfg, run.spec.actions
+    device, cfg = run.device, run.dynamics.cfg
     entry = lambda value, n: (value, None, None, n, "frames/s")
     entries = {"dream_fps_batch1": entry(dream_rate(
         run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
     if run.agent:
-        C, horizon = run.agent.cfg.context, run.agent.cfg.horizon
-        task = torch.zeros(64, C, dtype=torch.long, device=device)
-
-        def rollout():
-            h = imagine_rollout(run.dynamics, run.agent, *empty_inputs(cfg, spec, 64, C, device),
-                                task, horizon, torch.Generator(device))[0]
-            (run.agent.rewards(h) + run.agent.values(h)).cpu()
-
-        with autocast(device, dtype):
-            entries["imagined_frames_per_s"] = entry(
-                64 * horizon / seconds(rollout, rollouts, device), rollouts)
+        world, agent = copy.deepcopy(run.dynamics), run.agent
+        if run.meta["config"]["train"]["compile"]:      # as training does it
+            from train import compile_module
+            compile_module(world, device)
+        entries["imagined_frames_per_s"] = entry(imagination_rate(
+            world, agent, 64, agent.cfg.context, agent.cfg.horizon, device, dtype), rollouts)
     return entries
 
 
@@ -828,6 +863,7 @@ def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
 def bench(device, dtype="auto"):
     """Speeds at pinned shapes, random weights: 4 layers of width 256, 16 latent, 4 register tokens,
     K_max 16; training batch 16 x 16; and 8 layers of width 512 at T = 64 ("wide")."""
+    from train import compile_module
     entries, spec = {}, ActionSpec(categorical=(17,))
     generator = torch.Generator(device).manual_seed(0)
 
@@ -860,13 +896,15 @@ def bench(device, dtype="auto"):
     note("tokenizer_training", frames, "frames/s")
     note("tokenizer_training_share_of_peak", flops / 1e9 / peak, "share")
 
-    tokenizer = freeze(Tokenizer(TokenizerConfig(pack=1)), device, dtype)
+    tokenizer = freeze(tokenizer, device, dtype)
     frames = torch.zeros(16, 16, 72, 72, 3, dtype=torch.uint8, device=device)
     with torch.no_grad(), autocast(device, dtype):
         z = tokenizer.encode(frames)
         note("encode", 256 / seconds(lambda: tokenizer.encode(frames), 5, device), "frames/s")
         note("decode", 256 / seconds(lambda: tokenizer.decode(z), 5, device), "frames/s")
     net = freeze(model(), device, dtype)
+    tokenizer = freeze(Tokenizer(TokenizerConfig(latents=16, channels=32, local=False)), device,
+                       dtype)
     rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
     for k in (1, 4):
         note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
@@ -874,9 +912,18 @@ def bench(device, dtype="auto"):
              "frames/s")
         note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
     note("dream_b64_c16_k4_decoded", rate(64, 16, tokenizer=tokenizer), "frames/s")
-    note("uncached_b1_c64_k4", rate(1, 64, cached=False, repeats=8), "frames/s")
+    note("uncached_b1_c64_k4", rate(1, 64, kind=Recomputed, repeats=8), "frames/s")
     note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
          / entries["bench_uncached_b1_c64_k4"][0], "ratio")
+    agent = Agent(AgentConfig(), 256, spec).to(device)
+    fast = copy.deepcopy(net)
+    compile_module(fast, device)
+    note("imagination_b64_c16", imagination_rate(fast, agent, 64, 16, 12, device, dtype),
+         "frames/s")
+    note("imagination_uncached", imagination_rate(fast, agent, 64, 16, 12, device, dtype,
+                                                  Recomputed, 1), "frames/s")
+    note("imagination_cached_over_uncached", entries["bench_imagination_b64_c16"][0]
+         / entries["bench_imagination_uncached"][0], "ratio")
     for context in (16, 64, 192):
         note(f"dream_b1_c{context}", 1000 / rate(1, context, repeats=60), "ms a frame")
     for times, dim in ((2, 368), (4, 512)):
@@ -919,11 +966,16 @@ class Ladder:
 class Actor:
     """The policy in N real environments at once: frames in, sampled actions out."""
 
-    def __init__(self, run, task, generator):
-        self.run, self.generator = run, generator
+    def __init__(self, run, task, generator, temperature=1.0):
+        self.run, self.generator, self.temperature = run, generator, temperature
         self.dream, self.encoder = Dream(run.dynamics, generator), run.tokenizer.new_cache()
         self.device = run.device
-        self.task, self.history = torch.as_tensor(task, device=self.device), []
+        self.task, self.history = self.prompt(task), []
+
+    def prompt(self, task):
+        """task (N,), or the number that means none for a policy that was trained without."""
+        task, none = torch.as_tensor(task, device=self.device), len(self.run.spec.tasks)
+        return task if self.run.agent.cfg.prompts else torch.full_like(task, none)
 
     @torch.no_grad()
     def observe(self, frames, actions, labelled, task, changed=None):
@@ -936,7 +988,7 @@ class Actor:
         z = self.run.tokenizer.encode(rows, self.encoder)
         context = self.dream.cache.context
         self.history = [*self.history, (z, actions, labelled)][-context:]
-        self.task = torch.as_tensor(task, device=self.device)
+        self.task = self.prompt(task)
         self.h = self.dream.commit(z, actions, labelled, self.task[:, None])[:, 0]
         if changed is not None and changed.any():
             self.replay(torch.as_tensor(np.flatnonzero(changed), device=self.device))
@@ -956,11 +1008,12 @@ class Actor:
 
     @torch.no_grad()
     def act(self):
-        actions = self.run.agent.act(self.h, self.generator)
+        actions = self.run.agent.act(self.h, self.generator, self.temperature)
         return {k: x.cpu().numpy() for k, x in actions.items()}
 
 
-def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0, gif=None):
+def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0, gif=None,
+                   temperature=1.0):
     """Plays one sampled episode in each world; run None: uniform random actions.
 
     Returns first (N, tasks): the step at which each task was first done, inf where never. gif: a
@@ -972,7 +1025,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
         ladder, first, film = Ladder(spec, N), np.full((N, len(spec.tasks)), np.inf), [frames[0]]
         if run:
             device = run.device
-            actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed))
+            actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed), temperature)
         with autocast(device, dtype):
             if run:
                 actor.observe(frames, spec.actions.zeros(N), False, ladder.task)
@@ -1001,24 +1054,104 @@ def evaluate_player(env, episodes, length, seed, workers=0):
 
 
 def ladder_scores(spec, first):
-    """(N,) number of rungs that each episode reached, whatever the prompts."""
-    return np.isfinite(first[:, [spec.tasks.index(r) for r in spec.rungs]]).sum(1)
+    """first (..., tasks) -> (...): how many rungs an episode reached, whatever the prompts."""
+    return np.isfinite(first[..., [spec.tasks.index(r) for r in spec.rungs]]).sum(-1)
 
 
-def agent_entries(spec, firsts):
-    """{agent: first (N, tasks)} on the same worlds -> entries for results.json."""
-    entries = {}
+def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, temperature=1.0):
+    """evaluate_agent's `first` of "random", "player" or a stage of the run in `folder`. It is kept
+    in folder/episodes, and read back where the same checkpoint is asked for the same again."""
+    folder = Path(folder)
+    name = f"{agent}_{seeds[0]}_{len(seeds)}x{length}"
+    if agent in STAGES:
+        crc = zlib.crc32((folder / f"{agent}.pt").read_bytes())
+        name += f"_t{temperature:g}_{crc:08x}"
+    path = folder / "episodes" / f"{name}.npy"
+    if path.exists():
+        print(f"{path} is there; delete it to play again.")
+        return np.load(path)
+    print(f"Evaluating {folder}, {agent}, temperature {temperature:g}: {len(seeds)} episodes of "
+          f"{length} steps.", flush=True)
+    if agent == "player":
+        first = evaluate_player(env, len(seeds), length, seeds[0], workers)
+    else:
+        run = load_run(folder, agent, device, dtype) if agent in STAGES else None
+        first = evaluate_agent(env, seeds, length, run, dtype, workers, temperature=temperature,
+                               gif=folder / f"episode_{agent}.gif" if run else None)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, lambda file: np.save(file, first))
+    return first
+
+
+def t_interval(x):
+    """Mean and its 95 % t interval over few runs: x (n,) -> value, low, high."""
+    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+                10: 2.262}
+    n, mean = len(x), float(np.mean(x))
+    half = quantile.get(n, 2.2 if n < 20 else 2.0) * np.std(x, ddof=1) / math.sqrt(n) if n > 1 \
+        else math.inf
+    return mean, mean - half, mean + half
+
+
+def mcnemar(a, b):
+    """Two-sided p of the exact McNemar test: a, b bool (n,), success in the same n worlds."""
+    more, less = int((a & ~b).sum()), int((~a & b).sum())
+    n = more + less
+    tail = sum(math.comb(n, i) for i in range(min(more, less) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def holm(p):
+    """p values (n,), corrected for being the n tests that were made (Holm)."""
+    order, out, worst = np.argsort(p), np.zeros(len(p)), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        out[i] = worst
+    return out
+
+
+def agent_entries(spec, firsts, length):
+    """{agent: first (runs, N, tasks)}, all in the same worlds -> entries for results.json: ladder
+    score, success and restricted mean time of each rung, and "rl" against every other agent.
+
+    Intervals are over the runs where there are several, else over the worlds. Against "bc" the
+    success of each rung is tested too: McNemar over run and world, Holm over rungs.
+    """
+    entries, rungs = {}, [spec.tasks.index(rung) for rung in spec.rungs]
+
+    def over(values):                               # (runs, N) -> value, low, high, n
+        few = len(values) > 1
+        return *(t_interval(values.mean(1)) if few else mean_interval(values[0])), values.size
+
     for agent, first in firsts.items():
-        scores, n = ladder_scores(spec, first), len(first)
-        entries[f"ladder_{agent}"] = *mean_interval(scores), n, "rungs"
-        for rung in spec.rungs:
-            k = int(np.isfinite(first[:, spec.tasks.index(rung)]).sum())
+        scores = ladder_scores(spec, first)
+        entries[f"ladder_{agent}"] = *over(scores), "rungs"
+        for i, row in enumerate(scores if len(scores) > 1 else ()):
+            entries[f"ladder_{agent}_run{i}"] = *mean_interval(row), len(row), "rungs"
+        for rung, task in zip(spec.rungs, rungs, strict=True):
+            k, n = int(np.isfinite(first[..., task]).sum()), scores.size
             entries[f"success_{agent}_{rung}"] = k / n, *wilson(k, n), n, "share"
-    for a, b in (("rl", "bc"), ("bc", "random")):
-        if a in firsts and b in firsts:
-            n = min(len(firsts[a]), len(firsts[b]))
-            gain = ladder_scores(spec, firsts[a])[:n] - ladder_scores(spec, firsts[b])[:n]
-            entries[f"ladder_{a}_minus_{b}"] = *mean_interval(gain), n, "rungs"
+            entries[f"time_{agent}_{rung}"] = *over(np.minimum(first[..., task], length)), "steps"
+    for a, b in [("rl", b) for b in firsts if b != "rl"] + [("bc", "random")]:
+        runs = {len(firsts.get(agent, ())) for agent in (a, b)}
+        if 0 in runs or len(runs - {1}) > 1:
+            continue                                # one run is compared with each of the others'
+        n = min(firsts[a].shape[1], firsts[b].shape[1])
+        x, y = np.broadcast_arrays(firsts[a][:, :n], firsts[b][:, :n])
+        gain = ladder_scores(spec, x) - ladder_scores(spec, y)
+        entries[f"ladder_{a}_minus_{b}"] = *over(gain), "rungs"
+        if (a, b) != ("rl", "bc"):
+            continue
+        entries["ladder_rl_over_bc"] = (ladder_scores(spec, x).mean()
+                                        / max(ladder_scores(spec, y).mean(), 1e-9), None, None,
+                                        gain.size, "ratio")
+        done = [(np.isfinite(x[..., task]), np.isfinite(y[..., task])) for task in rungs]
+        chances = holm([mcnemar(one.ravel(), two.ravel()) for one, two in done])
+        for rung, task, chance, (one, two) in zip(spec.rungs, rungs, chances, done, strict=True):
+            entries[f"p_rl_bc_{rung}"] = chance, None, None, gain.size, "p (Holm)"
+            if min(one.mean(), two.mean()) > 0.5:
+                entries[f"time_rl_minus_bc_{rung}"] = *over(
+                    np.minimum(x[..., task], length) - np.minimum(y[..., task], length)), "steps"
     return entries
 
 
@@ -1046,19 +1179,84 @@ def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", work
     if bad := set(agents) - {"random", "bc", "rl", "player"}:
         raise UserError(f"Got agents {sorted(bad)}, need some of random, bc, rl and player.")
     for agent in agents:
-        stage = {"bc": "agent", "rl": "imagine"}.get(agent)
-        n = episodes if stage else max(episodes // 2, 2)
-        print(f"Evaluating {agent}: {n} episodes of {length} steps.", flush=True)
-        if agent == "player":
-            firsts[agent] = evaluate_player(env, n, length, TEST_SEED, workers)
-            continue
-        run, gif = None, None
-        if stage:
-            run = load_run(folder, stage, device, dtype)
-            gif = folder / f"episode_{agent}.gif"
-        firsts[agent] = evaluate_agent(env, range(TEST_SEED, TEST_SEED + n), length, run, dtype,
-                                       workers, gif=gif)
-    return agent_entries(load_run(folder, None, device).spec, firsts)
+        n = episodes if agent in ("bc", "rl") else max(episodes // 2, 2)
+        firsts[agent] = played(folder, env, {"bc": "agent", "rl": "imagine"}.get(agent, agent),
+                               range(TEST_SEED, TEST_SEED + n), length, device, dtype,
+                               workers)[None]
+    return agent_entries(load_run(folder, None, device).spec, firsts, length)
+
+
+def compare_agents(folder, text, episodes, length, device, dtype="auto", workers=0):
+    """text: "bc=seed*:agent rl=seed*:imagine cool=seed*:agent@best", an agent is a stage of all
+    runs whose names match, at a temperature of its actions (default 1; best: of TEMPERATURES, by
+    ladder score in 50 validation worlds with the first run) -> entries for results.json."""
+    settings, firsts, entries = data_config(folder), {}, {}
+    spec = load_run(folder, None, device).spec
+    play_in = lambda path, agent, seeds, t=1.0: played(path, settings["env"], agent, seeds, length,
+                                                       device, dtype, workers, t)
+    worlds = range(TEST_SEED, TEST_SEED + episodes)
+    for item in text.replace(",", " ").split():
+        match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|[0-9.]+))?", item)
+        name, pattern, stage, temperature = match.groups() if match else (None,) * 4
+        paths = [p for p in sorted(Path(folder).parent.glob(pattern or "-"))
+                 if (p / f"{stage}.pt").exists()]
+        if not paths:
+            raise UserError(f"Got --compare {item!r}, need NAME=RUNS:STAGE or "
+                            "NAME=RUNS:STAGE@TEMPERATURE with the names of runs that have a stage "
+                            "agent or imagine, * for any letters: bc=seed*:agent.")
+        if temperature == "best":
+            trial = range(VALIDATION_SEED, VALIDATION_SEED + 50)
+            scores = {t: ladder_scores(spec, play_in(paths[0], stage, trial, t)).mean()
+                      for t in TEMPERATURES}
+            temperature = max(scores, key=scores.get)
+            entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50, "rungs")
+                        for t, x in scores.items()}
+        entries[f"temperature_{name}"] = float(temperature or 1), None, None, len(paths), ""
+        firsts[name] = np.stack([play_in(p, stage, worlds, float(temperature or 1))
+                                 for p in paths])
+    for bound in ("random", "player") if hasattr(make_env(settings["env"]), "player") else ():
+        firsts[bound] = play_in(folder, bound, worlds)[None]
+    return entries | agent_entries(spec, firsts, length)
+
+
+@torch.no_grad()
+def evaluate_heads(run, dataset, dtype="auto", chunk=100):
+    """Reward and continue head along the reference episodes, under each of the tasks -> entries:
+    how often a predicted reward above 1/2 meets an event in that very frame (precision), and an
+    event such a prediction (recall); P(continue) at terminals and elsewhere."""
+    tasks, device = run.spec.tasks, run.device
+    generator = torch.Generator(device).manual_seed(0)
+    task = torch.arange(len(tasks), device=device)[:, None]
+    guesses, truths, alive, ends = [], [], [], []
+    for i in tqdm(dataset.episodes("all"), "heads", leave=False):
+        dream, eyes = Dream(run.dynamics, generator), run.tokenizer.new_cache()
+        for start in range(0, dataset.lengths[i], chunk):
+            T = min(chunk, dataset.lengths[i] - start)
+            clip, actions = to_tensors(dataset.read([i], [start], T), device)
+            each = lambda x: x.expand(len(tasks), *x.shape[1:])
+            with autocast(device, dtype):
+                z = run.tokenizer.encode(clip["frames"], eyes)
+                h = dream.commit(each(z), {k: each(x) for k, x in actions.items()},
+                                 each(clip["labelled"]), task.expand(-1, T))
+                guesses.append(run.agent.rewards(h).T.cpu().numpy())
+                alive.append(run.agent.continue_prob(h).mean(0).cpu().numpy())
+            truths.append(clip["events"][0].cpu().numpy() > 0)
+            ends.append(clip["continues"][0].cpu().numpy() == 0)
+    guess, true, alive, end = map(np.concatenate, (guesses, truths, alive, ends))
+    claim, entries = guess > 0.5, {}
+    for name, some in [("", slice(None))] + [(f"_{t}", [k]) for k, t in enumerate(tasks)]:
+        hits, claims, n = (int(x[:, some].sum()) for x in (claim & true, claim, true))
+        if n:
+            entries[f"reward_recall{name}"] = hits / n, *wilson(hits, n), n, "share"
+        if claims:
+            entries[f"reward_precision{name}"] = hits / claims, *wilson(hits, claims), claims, \
+                "share"
+    entries["reward_predicted_mean"] = float(guess.mean()), None, None, guess.size, "reward"
+    entries["reward_true_mean"] = float(true.mean()), None, None, true.size, "reward"
+    for name, rows in (("at_terminals", end), ("elsewhere", ~end)):
+        if rows.any():
+            entries[f"continue_{name}"] = *mean_interval(alive[rows]), int(rows.sum()), "p"
+    return entries
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -1169,24 +1367,61 @@ def picture_rollouts(path, errors, likeness):
     plt.close(figure)
 
 
-def picture_success(folder, spec, results):
-    """Success per rung and agent with Wilson intervals (the paper's Figure 3)."""
-    agents = [a for a in ("random", "bc", "rl", "player") if f"ladder_{a}" in results]
+def agents_in(results, spec):
+    """Names of the agents whose success is known, worst first."""
+    names = [k[7:] for k in results if f"success_{k[7:]}_{(spec.rungs or ('',))[0]}" in results]
+    return sorted(names, key=lambda name: results[f"ladder_{name}"]["value"])
+
+
+def picture_rungs(path, spec, results, measure):
+    """Bars of success or time per rung and agent with intervals (the paper's Figures 3 and 4)."""
+    agents = [a for a in agents_in(results, spec) if f"{measure}_{a}_{spec.rungs[0]}" in results]
     if not agents:
         return
     plt = plot()
     figure, axis = plt.subplots(figsize=(11, 3.6))
     for i, agent in enumerate(agents):
-        rows = [results[f"success_{agent}_{rung}"] for rung in spec.rungs]
+        rows = [results[f"{measure}_{agent}_{rung}"] for rung in spec.rungs]
         value = np.array([r["value"] for r in rows])
         error = np.abs(np.array([[r["low"], r["high"]] for r in rows]).T - value)
         axis.bar(np.arange(len(rows)) + 0.8 * i / len(agents), value, 0.8 / len(agents),
                  yerr=error, label=agent, capsize=2)
     axis.set_xticks(np.arange(len(spec.rungs)) + 0.3, spec.rungs, rotation=25, ha="right")
-    axis.set_ylabel("success")
+    axis.set_ylabel("success" if measure == "success" else "steps, failures count in full")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(Path(folder) / "success.png", dpi=80)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
+    """Imagined rollouts of the policy on reference windows that show an event: the last frame of
+    the context and what follows, with the task, predicted rewards and values."""
+    cfg, device, rng = run.agent.cfg, run.device, np.random.default_rng(seed)
+    T = cfg.context + cfg.horizon
+    episode, start, task = dataset.sample(rng, rows, T, len(dataset.events) > 0, "all")
+    clips, actions = to_tensors(dataset.read(episode, start, T), device)
+    first = lambda x: x[:, :cfg.context]
+    prompt = torch.as_tensor(task, device=device)[:, None].expand(-1, cfg.context)
+    with autocast(device, dtype):
+        z, cache = run.tokenizer.encode(first(clips["frames"])), run.tokenizer.new_cache()
+        h, _, z_next = imagine_rollout(run.dynamics, run.agent, z,
+                                       {k: first(x) for k, x in actions.items()},
+                                       first(clips["labelled"]), prompt, cfg.horizon,
+                                       torch.Generator(device).manual_seed(seed))
+        frames = run.tokenizer.decode(torch.cat([z, z_next], 1), cache)[:, cfg.context - 1:].cpu()
+        rewards, values = run.agent.rewards(h), run.agent.values(h)
+    plt = plot()
+    figure, axes = plt.subplots(rows, h.shape[1], figsize=(1.1 * h.shape[1], 1.5 * rows))
+    for i, row in enumerate(axes):
+        for t, axis in enumerate(row):
+            axis.imshow(frames[i, t])
+            axis.set_title(f"r {rewards[i, t]:.2f}\nv {values[i, t]:.2f}" if t else
+                           f"{run.spec.tasks[task[i]]}\nv {values[i, 0]:.2f}", fontsize=6, pad=2)
+            axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -1199,6 +1434,8 @@ PICTURES = (("rollouts.png", "PSNR and SSIM by horizon"),
             ("tokenizer_reconstructions.png", "Real frames (above) and their reconstructions"),
             ("dream.gif", "Dreams (left of each pair, orange border) beside reality (right)"),
             ("success.png", "Success by rung of the ladder, 95 % Wilson intervals"),
+            ("times.png", "Restricted mean time to each rung, 95 % intervals"),
+            ("imagined.png", "Imagined rollouts of the policy: predicted rewards r and values v"),
             ("episode_bc.gif", "A real episode of the BC policy"),
             ("episode_rl.gif", "A real episode of the policy trained in imagination"),
             *((f"{s}_curves.png", f"Training curves: {s}")
@@ -1213,13 +1450,26 @@ def results_table(results):
     return "\n".join(lines)
 
 
+def agents_table(results, spec):
+    """Markdown: ladder score and success of each rung, agents in rows."""
+    short = lambda r: f"{r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+    rows = [[name, str(results[f"ladder_{name}"]["n"]), short(results[f"ladder_{name}"]),
+             *(f"{100 * results[f'success_{name}_{rung}']['value']:.3g}" for rung in spec.rungs)]
+            for name in agents_in(results, spec)]
+    head = ["agent", "episodes", "ladder score", *(f"{rung}, %" for rung in spec.rungs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def write_report(folder):
     """report.md: every figure of results.json and every picture of the run. Returns its path."""
     folder = Path(folder)
     data_config(folder)
     results, config = read_results(folder), read_json(folder / "config.json")
-    picture_success(folder, load_run(folder).spec, results)
-    parts = [f"# Report of {folder}", results_table(results), "Commands: `results.json`.",
+    spec = load_run(folder).spec
+    picture_rungs(folder / "success.png", spec, results, "success")
+    picture_rungs(folder / "times.png", spec, results, "time")
+    parts = [f"# Report of {folder}", agents_table(results, spec), results_table(results),
+             "Commands: `results.json`.",
              *(f"## {title}\n![{title}]({name})" for name, title in PICTURES
                if (folder / name).exists()),
              f"## Settings\n```json\n{json.dumps(config, indent=1)}\n```"]
@@ -1598,6 +1848,8 @@ def make_parser():
     parser.add_argument("--agents", default="random,bc,rl,player", help="eval: which agents")
     parser.add_argument("--episodes", type=int, default=200, help="eval: episodes of each policy")
     parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
+    parser.add_argument("--compare", metavar="NAME=RUNS:STAGE,...", help="eval: several runs, each "
+                        "stage against the others: bc=seed*:agent,cool=seed*:agent@best,...")
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
     parser.add_argument("--with", dest="others", default="", metavar="NAME=RUN,...",
                         help="labels: runs with other shares of labels, among them none=...")
@@ -1619,11 +1871,16 @@ def evaluate(words):
     """`play.py eval` and the end of train.py: words of the command line -> results.json."""
     args, command = make_parser().parse_args(words), "python play.py " + " ".join(words)
     folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
+    if args.compare:
+        return add_results(folder, command, compare_agents(
+            folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers))
     run, dataset = open_run(args, settings, device)
     add_results(folder, command, evaluate_world(run, dataset, args.dtype))
     if run.dynamics:
         add_results(folder, command, measure_speed(run, args.dtype))
     if run.agent and not args.world_only:
+        add_results(folder, command, evaluate_heads(run, dataset, args.dtype))
+        picture_imagined(run, dataset, folder / "imagined.png", dtype=args.dtype)
         agents = [a for a in args.agents.split(",") if (a != "rl" or run.stage == "imagine")
                   and (a != "player" or hasattr(make_env(settings["env"]), "player"))]
         add_results(folder, command, evaluate_agents(folder, agents, args.episodes, args.length,

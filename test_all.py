@@ -34,15 +34,15 @@ import torch
 import data
 import play
 import train
-from agent import (STAGES, Agent, AgentConfig, Run, action_kl, action_log_prob, agent_losses,
-                   behavior_loss, freeze, imagination_losses, imagine_rollout, lambda_returns,
-                   load_run, pmpo_loss, sample_action, symexp_bins, targets_ahead, two_hot,
-                   two_hot_log_prob, two_hot_mean, value_loss)
+from agent import (STAGES, Agent, AgentConfig, Run, action_kl, action_log_prob, advantage_loss,
+                   agent_losses, behavior_loss, freeze, imagination_losses, imagine_rollout,
+                   lambda_returns, load_run, pmpo_loss, sample_action, symexp_bins, targets_ahead,
+                   two_hot, two_hot_log_prob, two_hot_mean, value_loss)
 from data import ActionSpec, EnvSpec, UserError, run_cli
 from dynamics import (ActionEmbedding, Dream, Dynamics, DynamicsConfig, corrupt, dynamics_losses,
                       euler_sample, ramp_weight, sample_tau_d, shortcut_loss, x_prediction)
 from tokenizer import (PIXEL_MEAN, PIXEL_STD, Attention, Cache, LossNormalizer, Tokenizer,
-                       TokenizerConfig, Transformer, mae_mask, patchify, reader_mask,
+                       TokenizerConfig, Transformer, attend, mae_mask, patchify, reader_mask,
                        reconstruction_loss, rope, rope_angles, scale_pixels, unpatchify)
 
 
@@ -425,7 +425,7 @@ def test_attention_equals_naive_loop():
     x = torch.randn(1, 1, S, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = reader_mask(3, 2)
     angles = [a.double() for a in rope_angles(torch.arange(S), E)]
-    got = layer(x, angles, mask)[0, 0]
+    got = layer.merge(attend(*layer.project(x, angles), mask, cfg.soft_cap), x.shape)[0, 0]
 
     def normed(vector, gain):
         return vector / (vector.square().mean() + torch.finfo(torch.float32).eps).sqrt() * gain
@@ -1205,6 +1205,67 @@ def test_imagination_step_changes_policy_and_value_alone():
     assert abs(float(metrics["kl_prior"])) < 1e-6
 
 
+def imagine_with(kind=None, C=3, horizon=6, **changes):
+    """h, actions and latents of a rollout with one seed."""
+    model, agent = tiny_dynamics(), tiny_agent(**changes)
+    z, actions, labelled = play_inputs(4, C)
+    return imagine_rollout(model, agent, z, actions, labelled,
+                           torch.ones(4, C, dtype=torch.long), horizon,
+                           torch.Generator().manual_seed(0), kind)
+
+
+def test_a_rollout_with_the_cache_equals_one_without():
+    """Fails if K passes and the commit pass leave traces in the cache, or the denoising passes,
+    which leave the agent tokens out, change what a frame sees: against whole windows each time.
+    (tiny_dynamics has one time layer: with more, a window's first frames would differ.)"""
+    h, chosen, frames = imagine_with()
+    again = imagine_with(play.Recomputed)
+    assert torch.equal(chosen["categorical"], again[1]["categorical"])
+    assert torch.allclose(h, again[0], atol=1e-4) and torch.allclose(frames, again[2], atol=1e-4)
+    other = imagine_with(play.Recomputed, corrupt=False)            # control: noise matters
+    assert (other[0] - h).abs().max() > 1e-3
+
+
+def test_ablations_of_imagination_change_what_they_name():
+    """Fails if h of the last denoising pass is that of the commit pass, changes the frames as long
+    as the actions are the same, or context without noise is noisy."""
+    h, chosen, frames = imagine_with(horizon=1)
+    other, same, image = imagine_with(horizon=1, h_pass="denoise")
+    assert torch.equal(chosen["categorical"], same["categorical"])
+    assert torch.allclose(frames, image, atol=1e-5) and torch.equal(h[:, 0], other[:, 0])
+    assert (h[:, 1] - other[:, 1]).abs().max() > 1e-3
+    z, actions, labelled = play_inputs(4, 3)
+    task, hs = torch.ones(4, 3, dtype=torch.long), []
+    for seed in (0, 1):
+        dream = Dream(tiny_dynamics(), torch.Generator().manual_seed(seed))
+        dream.corrupt = False
+        hs.append(dream.commit(z, actions, labelled, task))
+    assert torch.equal(*hs)
+
+
+def test_advantage_objective_against_a_loop():
+    """Fails if the ablation loses the sign, the size or the scale of the advantage, or the KL."""
+    generator = torch.Generator().manual_seed(0)
+    log_prob, advantages, returns, kl = torch.randn(4, 3, 5, generator=generator)
+    got = advantage_loss(log_prob, advantages, returns, kl, 0.3)
+    spread = np.percentile(returns, 95) - np.percentile(returns, 5)
+    want = np.mean([-float(p * a) / spread + 0.3 * float(k) for p, a, k in
+                    zip(log_prob.flatten(), advantages.flatten(), kl.flatten(), strict=True)])
+    assert abs(float(got) - want) < 1e-5
+
+
+def test_temperature_sharpens_the_policy():
+    """Fails if the temperature multiplies, or reaches the keys or the categories alone."""
+    agent, h = tiny_agent(ActionSpec(2, (5,))), torch.randn(1, 16).expand(4000, -1)
+    logits = agent.policy(h[:1])[0, 0]
+    draw = lambda t: agent.act(h, torch.Generator().manual_seed(0), t)
+    for t in (0.5, 1.0, 2.0):
+        keys, choice = draw(t)["binary"].float().mean(0), draw(t)["categorical"][:, 0]
+        assert (keys - (logits[:2] / t).sigmoid()).abs().max() < 0.03
+        assert (torch.bincount(choice, minlength=5) / 4000
+                - (logits[2:] / t).softmax(0)).abs().max() < 0.03
+
+
 def test_continue_probability_is_calibrated():
     """Fails if the weight of the rare class is not undone: trained with weight w on a coin that
     ends 1 time in 10, the head must answer 0.9."""
@@ -1256,6 +1317,58 @@ def test_intervals_against_known_values():
     alike = np.repeat(x[:50], 4)                                    # 4 clips of each episode
     narrow, wide = (np.diff(play.bootstrap(np.mean, alike, block=b)[1:])[0] for b in (1, 4))
     assert 1.7 < wide / narrow < 2.3
+
+
+def test_comparison_of_agents_against_known_values():
+    """Fails if an interval, the exact McNemar test or Holm's correction is wrong, runs are pooled
+    as if they were independent, or a time forgets the episodes that never got there."""
+    value, low, high = play.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert value == 3 and abs(high - 3 - 2.776 * 1.5811 / 5 ** 0.5) < 1e-3 and low == 6 - high
+    a = np.array([1] * 9 + [0] * 1 + [1] * 5, bool)
+    b = np.array([0] * 9 + [1] * 1 + [1] * 5, bool)
+    assert abs(play.mcnemar(a, b) - 2 * (1 + 10) / 2 ** 10) < 1e-12
+    assert play.mcnemar(a, a) == 1.0
+    assert np.allclose(play.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    spec, inf = KeyEnv().spec, np.inf
+    bc = np.array([[[3, inf], [inf, inf]], [[5, inf], [7, inf]]])       # 2 runs, 2 worlds, 2 tasks
+    rl = np.array([[[2, inf], [4, 8]], [[1, 9], [3, inf]]])
+    got = play.agent_entries(spec, {"bc": bc, "rl": rl, "random": bc[:1] * inf}, 10)
+    assert got["ladder_bc"][0] == 0.75 and got["ladder_rl"][0] == 1.5
+    assert got["ladder_rl_minus_bc"][0] == 0.75 and got["ladder_rl_run0"][0] == 1.5
+    half = 12.71 * np.std([1.0, 0.5], ddof=1) / 2 ** 0.5
+    assert abs(got["ladder_rl_minus_bc"][2] - 0.75 - half) < 1e-9
+    assert got["ladder_rl_over_bc"][0] == 2.0 and got["ladder_rl_minus_random"][0] == 1.5
+    assert got["time_bc_four"][0] == (3 + 10 + 5 + 7) / 4
+    assert got["time_rl_minus_bc_four"][0] == (2 + 4 + 1 + 3) / 4 - 25 / 4
+    assert "time_rl_minus_bc_both_keys" not in got                  # BC never gets there
+    assert got["success_bc_four"][0] == 0.75 and got["p_rl_bc_four"][0] == 1.0
+    assert "ladder_rl_minus_bc" not in play.agent_entries(
+        spec, {"rl": np.concatenate([rl, rl]), "bc": np.concatenate([bc, bc[:1]])}, 10)
+
+
+def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
+    """Fails if predictions are compared with another frame's or task's events, or precision and
+    recall are swapped. A stub head claims task 0 wherever the picture shows category 4."""
+    run, real = key_run(), Dream.commit
+
+    def commit(self, z, actions, labelled, task):
+        h = real(self, z, actions, labelled, task)
+        h[..., 0] = (task == 0) & (actions["categorical"][..., 0] == 4) & labelled
+        h[..., 1] = (task == 1) & (actions["categorical"][..., 0] == 4) & labelled
+        return h
+
+    monkeypatch.setattr(Dream, "commit", commit)
+    run.agent.rewards = lambda h: h[..., 0] + h[..., 1]
+    run.agent.continue_prob = lambda h: torch.full(h.shape[:2], 0.25)
+    dataset = data.record(KEYS, tmp_path / "set", 5, 30, 0, workers=1)
+    got = play.evaluate_heads(run, dataset, "fp32", chunk=7)
+    true = np.concatenate([dataset.episode(i)["events"] for i in range(5)]) > 0
+    ends = sum(int((dataset.episode(i)["continues"] == 0).sum()) for i in range(5))
+    assert got["reward_recall_four"][0] == got["reward_precision_four"][0] == 1.0
+    both = true.all(1).sum()
+    assert got["reward_precision_both_keys"][0] == both / true[:, 0].sum()
+    assert got["reward_recall_both_keys"][0] == both / true[:, 1].sum()
+    assert got["continue_at_terminals"][0] == 0.25 and got["continue_at_terminals"][3] == ends > 0
 
 
 def test_psnr_is_of_the_mean_error():
@@ -1575,7 +1688,7 @@ def test_frozen_matrices_change_nothing():
 def test_speed_is_of_the_same_dream_with_and_without_cache():
     """Fails if a path of the benchmark breaks; speeds are printed, never judged."""
     run = key_run()
-    for more in ({}, {"cached": False}, {"tokenizer": run.tokenizer}, {"k": 1}):
+    for more in ({}, {"kind": play.Recomputed}, {"tokenizer": run.tokenizer}, {"k": 1}):
         assert play.dream_rate(run.dynamics, 2, 4, torch.device("cpu"), "fp32", repeats=2,
                                **more) > 0
     assert run.dynamics.cfg.k == tiny_dynamics().cfg.k              # put back
@@ -3032,6 +3145,62 @@ def stop_after(monkeypatch, folder, saves, *flags, signal_number=None):
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(train, "save", broken)
         train_quietly(folder, *flags)
+
+
+def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
+    """Fails if --base trains the base's stages again or changes its files, seeds give equal agents,
+    or --compare mixes up runs, stages or what it keeps; and for the policies without prompts and
+    without pretraining."""
+    sums = {p.name: p.read_bytes() for p in (finished / "runs/base").glob("*.pt")}
+    for seed, flags in ((1, []), (2, ["--agent.prompts", "false"]),
+                        (3, ["--agent.pretrained", "false"])):
+        for stage in ("agent", "imagine")[:1 + (seed == 1)]:
+            train_quietly(finished, "--run", f"seed{seed}", "--base", "base", "--stage", stage,
+                          "--seed", seed, *flags)
+    assert sums == {p.name: p.read_bytes() for p in (finished / "runs/base").glob("*.pt")}
+    one, two, three = (load_run(finished / f"runs/seed{i}", "agent") for i in (1, 2, 3))
+    base = load_run(finished / "runs/base", "agent")
+    assert not torch.equal(one.agent.policy.out.weight, base.agent.policy.out.weight)
+    first = lambda run: next(run.dynamics.parameters())
+    start = first(load_run(finished / "runs/base", "dynamics"))
+    assert (first(one) - start).abs().max() < (first(three) - start).abs().max() / 3
+    assert "dynamics" in metrics_of(finished / "runs/seed1", "agent")[0]
+    assert "dynamics" not in metrics_of(finished / "runs/seed3", "agent")[0]
+    actor = play.Actor(two, [0, 1], torch.Generator())
+    assert actor.task.tolist() == [2, 2] and not two.agent.cfg.prompts
+    assert play.Actor(one, [0, 1], torch.Generator()).task.tolist() == [0, 1]      # control
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(play, "TEMPERATURES", (1.0, 0.5))
+    words = ["eval", "--run", "runs/base", "--episodes", "3", "--length", "6", "--workers", "1",
+             "--compare", "bc=seed1:agent,rl=seed1:imagine,cool=seed[12]:agent@best"]
+    play.evaluate(words)
+    results = play.read_results("runs/base")
+    assert results["ladder_cool"]["n"] == 6 and results["ladder_rl_minus_bc"]["n"] == 3
+    assert results["temperature_cool"]["value"] in (1.0, 0.5)
+    kept = sorted((finished / "runs/seed1/episodes").glob("agent_30000_3x6_t1_*"))
+    assert len(kept) == 1
+    monkeypatch.setattr(play, "evaluate_agent", None)               # nothing is played again
+    play.evaluate(words)
+    for wrong in ("bc=nothing:agent", "bc=seed1", "bc=seed1:dynamics"):
+        with pytest.raises(UserError, match="--compare"):
+            play.evaluate([*words[:-1], wrong])
+    with pytest.raises(UserError, match="--base"):
+        train_quietly(finished, "--run", "base", "--base", "base", "--stage", "agent")
+    with pytest.raises(UserError, match="No latents.npy|No tokenizer.pt"):
+        train_quietly(finished, "--run", "new", "--base", "none", "--stage", "agent")
+
+
+@pytest.mark.slow
+def test_bench_runs(monkeypatch):
+    """Fails if shapes of the benchmark don't fit together; every step is made once."""
+    monkeypatch.setattr(train, "compile_module", lambda *_: None)
+
+    def once(step, repeats, device):
+        step()
+        return 1e-3
+
+    monkeypatch.setattr(play, "seconds", once)
+    assert play.bench(torch.device("cpu"))["bench_imagination_cached_over_uncached"][0] == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "missing"])

@@ -96,6 +96,7 @@ class Cache:
             self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
         out = []
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
+            ring = ring[:, :x.shape[1], ..., :x.shape[-2], :]   # fewer tokens: without the last
             if T == 1:          # all slots of a full ring lie inside the window, in any order
                 ring[..., t % C, :, :] = x[..., 0, :, :]
                 x = ring if t + 1 - self.start >= C else self._held(ring, t + 1)
@@ -147,26 +148,24 @@ class Attention(nn.Module):
             return x.view(B, 1, T * S, heads, self.size).transpose(2, 3)
         return x.transpose(2, 3) if self.kind == "space" else x.permute(0, 2, 3, 1, 4)
 
-    def forward(self, x, angles, mask, cache=None, layer=None):
-        B, T, S, D = x.shape
+    def project(self, x, angles):
+        """x (B, T, S, D) -> queries, keys and values as `split` gives them."""
         q = self.split(self.q(x), self.heads)
         k = self.split(self.k(x), self.kv_heads)
         v = self.split(self.v(x), self.kv_heads)
         q = rope(self.q_norm(q.float()), *angles).to(v.dtype)   # subtle: norm first, then rotate
         k = rope(self.k_norm(k.float()), *angles).to(v.dtype)
-        if cache is not None and self.kind != "space":
-            k, v = cache.put(layer, k.unflatten(-2, (T, -1)), v.unflatten(-2, (T, -1)))
-        x = attend(q, k, v, mask, self.soft_cap)
-        if self.kind == "dense":
-            x = x.transpose(2, 3)
-        else:
-            x = x.transpose(2, 3) if self.kind == "space" else x.permute(0, 3, 1, 2, 4)
-        return self.out(x.reshape(B, T, S, D))
+        return q, k, v
+
+    def merge(self, y, shape):
+        """What `attend` gives back -> (B, T, S, D)."""
+        y = y.permute(0, 3, 1, 2, 4) if self.kind == "time" else y.transpose(2, 3)
+        return self.out(y.reshape(shape))
 
 
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm SwiGLU."""
-    compiled = None             # set by train.py: torch.compile of forward, for training shapes
+    compiled = None             # set by train.py: torch.compile of forward
 
     def __init__(self, cfg, kind):
         super().__init__()
@@ -177,10 +176,20 @@ class Block(nn.Module):
         self.up, self.gate = (nn.Linear(cfg.dim, hidden, bias=False) for _ in range(2))
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
-    def forward(self, x, angles, mask, cache=None, layer=None):
-        x = x + self.attention(self.norm1(x), angles, mask, cache, layer)
+    def project(self, x, angles):
+        return self.attention.project(self.norm1(x), angles)
+
+    def finish(self, x, y):
+        x = x + self.attention.merge(y, x.shape)
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    def forward(self, x, angles, mask, cache=None, layer=None):
+        q, k, v = self.project(x, angles)
+        if cache is not None and self.kind != "space":
+            T = x.shape[1]
+            k, v = cache.put(layer, k.unflatten(-2, (T, -1)), v.unflatten(-2, (T, -1)))
+        return self.finish(x, attend(q, k, v, mask, self.attention.soft_cap))
 
 
 class Transformer(nn.Module):
@@ -226,7 +235,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
-            else:
+            else:                                           # as many keys as there are frames
                 x = block(x, angles[block.kind], masks[block.kind], cache, i)
         return self.norm(x)
 

@@ -11,6 +11,7 @@ that a run goes on exactly after any interruption, and --replay STEP shows a ste
 import argparse
 import atexit
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import play
-from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast,
+from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast, freeze,
                    imagination_losses, imagine_rollout, load_checkpoint, load_run, pick_device,
                    pick_dtype)
 from data import (Dataset, UserError, check_config, env_spec, read_json, record, rng_for, run_cli,
@@ -99,7 +100,7 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
-HEADS = ("hidden", "mtp", "bins", "terminal_weight")    # agent settings that its stage fixes
+HEADS = ("hidden", "mtp", "bins", "terminal_weight", "prompts", "pretrained")   # its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
     "latent_rank": (2.0, np.inf, "latents collapse: all frames look alike to the dynamics"),
@@ -185,6 +186,8 @@ def parse(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default=None,
                         help="default: gpu with CUDA, else cpu")
     parser.add_argument("--run", default=None, help="default: the environment's name")
+    parser.add_argument("--base", metavar="RUN", help="take the stages before --stage from this "
+                        "run, where --run has none: other settings or seeds on what it learned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto: cuda, then mps, then cpu")
     parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16, fp32")
@@ -218,6 +221,9 @@ def parse(argv=None):
                         f"dynamics.context {configs['dynamics']['context']}: else every frame that "
                         "the model sees has the start of the window in sight.")
     args.run = args.run or configs["data"]["env"].split(":")[0]
+    if args.base and (args.stage not in STAGES[1:] or args.base == args.run):
+        raise UserError(f"Got --base {args.base} --run {args.run} --stage {args.stage}, need one "
+                        f"stage of {STAGES[1:]} and another run.")
     return args, configs
 
 
@@ -568,9 +574,25 @@ def compile_module(module, device):
     for block in module.modules():
         if isinstance(block, Block):
             block.compiled = torch.compile(block.forward, dynamic=False)
+            block.project = torch.compile(block.project, dynamic=False)     # beside a cache
+            block.finish = torch.compile(block.finish, dynamic=False)
 
 
 # -------------------------------------------------------------------------------------- stages
+
+def take_stages(base, folder, stage):
+    """Link what the stages before `stage` made in the run `base` into a folder, where it is not
+    there yet. No file of a run is ever changed, only replaced: links are as good as copies."""
+    for name in [f"{s}.pt" for s in STAGES[:STAGES.index(stage)]] + ["latents.npy", "latents.json"]:
+        source, target = base / name, folder / name
+        if not source.exists():
+            raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
+        if not target.exists():
+            try:
+                os.link(source, target)
+            except OSError:                         # another disk
+                write_whole(target, lambda file, source=source: file.write(source.read_bytes()))
+
 
 def open_stage(job, stage):
     """The run as `stage` left it; its settings go on into job.configs. UserError where it was made
@@ -711,8 +733,9 @@ def known_actions(job):
 def latent_batch(job, latents, rng, uniform, relevant, length):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done ->
     dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
-    parts = [job.dataset.sample(rng, n, length, r) for n, r in ((uniform, False), (relevant, True))
-             if n]
+    prompts = job.configs["agent"]["prompts"]
+    parts = [job.dataset.sample(rng, n, length, r) for n, r in ((uniform, False),
+                                                                (relevant, prompts)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
@@ -720,7 +743,8 @@ def latent_batch(job, latents, rng, uniform, relevant, length):
     rewards = (read["events"][np.arange(len(task)), :, task] if job.dataset.spec.tasks
                else np.zeros(index.shape))
     batch = {"z": latents[index].astype(np.float32), "rewards": rewards.astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1),
+             "task": np.repeat(task[:, None], length, 1) if prompts else
+             np.full(index.shape, len(job.dataset.spec.tasks)),
              "labelled": read["labelled"] & job.known[index],
              "continues": read["continues"].astype(np.float32)}
     return ({k: job.to_device(x) for k, x in batch.items()},
@@ -795,6 +819,8 @@ def train_agent(job):
                         "policy: label some, or stop after --stage dynamics.")
     latents, dynamics = cached_latents(job, run.tokenizer), run.dynamics.requires_grad_(True)
     made_of = weights_of(run)
+    if not job.configs["agent"]["pretrained"]:
+        dynamics = Dynamics(dynamics.cfg, run.spec.actions).to(job.device)
     agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim,
                   run.spec.actions).to(job.device)
     if job.train.compile:
@@ -815,6 +841,8 @@ def train_agent(job):
         is_relevant = torch.arange(rows, device=job.device) >= uniform
         more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
                                           batch["continues"], is_relevant)
+        if not agent.cfg.pretrained:
+            del losses["dynamics"]
         return losses | more, metrics | more_metrics
 
     fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
@@ -832,13 +860,16 @@ def train_imagine(job):
     agent.cfg = AgentConfig(**job.configs["agent"])
     agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
     cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
+    world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
+    if cfg.compile:
+        compile_module(world, job.device)
     relevant = round(agent.cfg.relevant * cfg.imagine_batch)
 
     def loss_fn(rng, generator, step):
         batch, actions = latent_batch(job, latents, rng, cfg.imagine_batch - relevant, relevant,
                                       context + horizon)    # so that a shown task lies ahead, often
         first = lambda x: x[:, :context]
-        h, chosen, _ = imagine_rollout(dynamics, agent, first(batch["z"]),
+        h, chosen, _ = imagine_rollout(world, agent, first(batch["z"]),
                                        {k: first(x) for k, x in actions.items()},
                                        first(batch["labelled"]), first(batch["task"]), horizon,
                                        generator)
@@ -944,6 +975,8 @@ def main():
     print(f"Run {folder}, preset {args.preset}, {device}, changed settings: {changed or 'none'}")
     folder.mkdir(parents=True, exist_ok=True)
     with in_turn():
+        if args.base:
+            take_stages(Path("runs") / args.base, folder, args.stage)
         if not data.path:
             record(data.env, path, data.episodes, data.length, data.seed, data.workers)
         reference = play.reference_set(data.env, data.reference_episodes, data.length,
