@@ -1076,8 +1076,9 @@ def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, t
         first = evaluate_player(env, len(seeds), length, seeds[0], workers)
     else:
         run = load_run(folder, agent, device, dtype) if agent in STAGES else None
+        gif = {"agent": "episode_bc.gif", "imagine": "episode_rl.gif"}.get(agent)
         first = evaluate_agent(env, seeds, length, run, dtype, workers, temperature=temperature,
-                               gif=folder / f"episode_{agent}.gif" if run else None)
+                               gif=gif and folder / gif)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda file: np.save(file, first))
     return first
