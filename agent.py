@@ -30,6 +30,7 @@ class AgentConfig:
     mtp: int = 8                # L = 8: heads predict distances 0 .. L
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done
+    reach: int = 0              # a row is relevant up to so many frames before its event, too
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     prompts: bool = True        # False: the policy isn't told its task ("notask")
     pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
@@ -45,7 +46,7 @@ class AgentConfig:
     corrupt: bool = True        # imagined frames enter the context with noise (ablation)
 
     def __post_init__(self):
-        check_config("agent", self, zero=("mtp",))
+        check_config("agent", self, zero=("mtp", "reach"))
         for name in ("relevant", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")

@@ -838,11 +838,12 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def sample(self, rng, n, length, relevant=False, split="train"):
+    def sample(self, rng, n, length, relevant=False, split="train", reach=0):
         """Draw n windows of `length` rows inside episodes -> episode, start, task: int64 (n,).
 
         Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
-        happen, one of its events, a window with that event in rows 1 .. length - 1.
+        happen, one of its events, a window with that event in rows 1 .. max(length - 1, reach):
+        with a longer reach it may lie behind the window's end.
         """
         episodes = self.episodes(split)
         episodes = episodes[self.lengths[episodes] >= length]
@@ -862,7 +863,8 @@ class Dataset:
         task = rng.choice(np.unique(events[:, 2]), n)
         episode, row, _ = np.array([rng.choice(events[events[:, 2] == t]) for t in task]).T
         last = np.minimum(row - 1, self.lengths[episode] - length)
-        return episode, rng.integers(np.maximum(0, row - length + 1), last + 1), task
+        reach = max(reach, length - 1)
+        return episode, rng.integers(np.maximum(0, row - reach), last + 1), task
 
     def read(self, episode, start, length, fields=None):
         """Windows -> dict of arrays (n, length, ...): all fields but the probes, or `fields`."""

@@ -42,7 +42,7 @@ class DynamicsConfig:
     loss_space: str = "x"       # "x" | "v" (ablation)
     ramp: bool = True           # Eq. 8
     tau_ctx: float = 0.9        # printed as 0.1, read as 10 % noise; snapped to the grid
-    single_images: float = 0.3  # 0.3: share of rows trained as separate images
+    single_images: float = 0.1  # 0.3: share of rows trained as separate images
 
     def __post_init__(self):
         check_config("dynamics", self, zero=("tasks", "registers"))

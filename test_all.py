@@ -160,6 +160,10 @@ def test_relevant_windows_hold_their_event(paint):
     assert events[:, 1:].any(1).all() and set(task) == {0, 1}
     first = events[:, 1:].argmax(1)
     assert set(first[events[:, 1:].sum(1) == 1]) == set(range(5))              # any row but 0
+    episode, start, task = paint.sample(rng, 300, 6, relevant=True, reach=10)
+    ahead = np.array([(np.flatnonzero(paint.episode(i)["events"][a + 1:, t])[:1] + 1).sum()
+                      for i, a, t in zip(episode, start, task, strict=True)])
+    assert ahead.min() == 1 and 6 < ahead.max() <= 10                           # behind its end
     episode, start, task = paint.sample(rng, 300, 6)                            # control: uniform
     events = paint.read(episode, start, 6, ["events"])["events"][np.arange(300), :, task]
     assert not events[:, 1:].any(1).all()
@@ -1620,7 +1624,7 @@ def test_interactions_are_judged_by_their_outcome(tmp_path):
 def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
     """Fails if the share counts frames, caves are not caves, or the batch ignores it."""
     job = train.Job(None, None, train.DataConfig(labels=0.2), None,
-                    {"agent": {"prompts": True}}, torch.device("cpu"), paint)
+                    {"agent": {"prompts": True, "reach": 0}}, torch.device("cpu"), paint)
     assert job.known.sum() == paint.offsets[5] and job.known[:paint.offsets[5]].all()
     latents = np.zeros((paint.frames_total, 1, 1), np.float32)
     batch, _ = train.latent_batch(job, latents, np.random.default_rng(0), 64, 0, 5)

@@ -71,7 +71,7 @@ class TrainConfig:
     tokenizer_steps: int = 2000
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 3000
+    dynamics_steps: int = 3600
     agent_steps: int = 1000
     imagine_steps: int = 180
     batch: int = 32             # of short windows; long ones hold as many frames in all
@@ -162,8 +162,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "tokenizer.lpips": 0.2, "dynamics.dim": 2048, "dynamics.layers": 36,
               "dynamics.heads": 16, "dynamics.kv_heads": 4,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
-              "dynamics.p_boot": 1.0, "agent.bc_level": "uniform", "agent.hidden": 2048,
-              "agent.horizon": 15, "train.length": 64, "train.long_length": 256,
+              "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
+              "agent.hidden": 2048, "agent.horizon": 15, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
 }
@@ -733,9 +733,9 @@ def known_actions(job):
 def latent_batch(job, latents, rng, uniform, relevant, length):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done ->
     dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
-    prompts = job.configs["agent"]["prompts"]
-    parts = [job.dataset.sample(rng, n, length, r) for n, r in ((uniform, False),
-                                                                (relevant, prompts)) if n]
+    prompts, reach = (job.configs["agent"][k] for k in ("prompts", "reach"))
+    parts = [job.dataset.sample(rng, n, length, r, reach=reach)
+             for n, r in ((uniform, False), (relevant, prompts)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
