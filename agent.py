@@ -32,6 +32,7 @@ class AgentConfig:
     relevant: float = 0.5       # 0.5: share of rows that show a task being done
     reach: int = 0              # a row is relevant up to so many frames before its event, too
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
+    bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
     prompts: bool = True        # False: the policy isn't told its task ("notask")
     pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
     terminal_weight: float = 20.0   # of the rare class in the continue head's loss

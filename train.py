@@ -71,8 +71,8 @@ class TrainConfig:
     tokenizer_steps: int = 2000
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 3600
-    agent_steps: int = 1000
+    dynamics_steps: int = 2400
+    agent_steps: int = 2400
     imagine_steps: int = 180
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -100,7 +100,8 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
-HEADS = ("hidden", "mtp", "bins", "terminal_weight", "prompts", "pretrained")   # its stage fixes
+HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "prompts",
+         "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
     "latent_rank": (2.0, np.inf, "latents collapse: all frames look alike to the dynamics"),
@@ -846,7 +847,8 @@ def train_agent(job):
         return losses | more, metrics | more_metrics
 
     fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
-        make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2), made_of=made_of)
+        make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2),
+        {"bc": agent.cfg.bc_weight}, made_of)
     agent.freeze_prior()
     save_stage(job, "agent", cfg.agent_steps, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
