@@ -38,7 +38,7 @@ class AgentConfig:
     terminal_weight: float = 20.0   # of the rare class in the continue head's loss
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
-    gamma: float = 0.997        # 0.997
+    gamma: float = 0.95         # 0.997
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
     pmpo_beta: float = 0.3      # 0.3

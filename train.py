@@ -81,7 +81,7 @@ class TrainConfig:
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
-    lr_policy: float = 5e-4     # AdamW in imagination
+    lr_policy: float = 1e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
     value_first: int = 20       # imagination steps in which only the value head learns
@@ -133,6 +133,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
             "train.long_length": 96, "train.length": 32, "train.batch": 64,
             "train.tokenizer_steps": 20000, "train.dynamics_steps": 60000,
             "train.agent_steps": 20000, "train.imagine_steps": 2000, "agent.horizon": 15,
+            "agent.gamma": 0.997, "train.lr_policy": 5e-4,
             "train.imagine_batch": 256, "train.lr_matrix": 3e-3, "train.lr": 1e-3},
     # real Minecraft (README, "Minecraft"), both never run: 'minecraft' by --stage sizes fits into
     # 80 GB; 'paper' has the paper's sizes as far as it gives them, and no plan for the memory
@@ -147,7 +148,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                   "dynamics.layers": 16,
                   "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
                   "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
-                  "agent.context": 32, "agent.horizon": 15, "train.batch": 16, "train.length": 32,
+                  "agent.context": 32, "agent.horizon": 15, "agent.gamma": 0.997,
+                  "train.lr_policy": 5e-4, "train.batch": 16, "train.length": 32,
                   "train.long_length": 128, "train.imagine_batch": 64,
                   "train.tokenizer_steps": 100000, "train.dynamics_steps": 200000,
                   "train.agent_steps": 50000, "train.imagine_steps": 5000,
@@ -164,7 +166,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.heads": 16, "dynamics.kv_heads": 4,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
-              "agent.hidden": 2048, "agent.horizon": 15, "train.length": 64, "train.long_length": 256,
+              "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
+              "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
 }
