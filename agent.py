@@ -36,6 +36,7 @@ class AgentConfig:
     prompts: bool = True        # False: the policy isn't told its task ("notask")
     pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
     terminal_weight: float = 20.0   # of the rare class in the continue head's loss
+    practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
     gamma: float = 0.95         # 0.997
@@ -54,7 +55,7 @@ class AgentConfig:
         if self.relevant == 1:
             raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
         for name, words in (("bc_level", ("context", "uniform")), ("h_pass", ("commit", "denoise")),
-                            ("objective", ("pmpo", "advantage"))):
+                            ("objective", ("pmpo", "advantage")), ("practice", ("ladder", "all"))):
             if getattr(self, name) not in words:
                 raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of {words}.")
 

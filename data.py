@@ -838,12 +838,12 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def sample(self, rng, n, length, relevant=False, split="train", reach=0):
+    def sample(self, rng, n, length, relevant=False, split="train", reach=0, tasks=()):
         """Draw n windows of `length` rows inside episodes -> episode, start, task: int64 (n,).
 
         Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
         happen, one of its events, a window with that event in rows 1 .. max(length - 1, reach):
-        with a longer reach it may lie behind the window's end.
+        with a longer reach it may lie behind the window's end. tasks: indices, draw these alone.
         """
         episodes = self.episodes(split)
         episodes = episodes[self.lengths[episodes] >= length]
@@ -855,8 +855,11 @@ class Dataset:
             number = rng.integers(0, ends[-1], n)             # of a window, in their concatenation
             which = np.searchsorted(ends, number, side="right")
             start = ends[which] - 1 - number                  # counts down from the last window
-            return episodes[which], start, rng.integers(0, max(1, len(self.spec.tasks)), n)
+            return episodes[which], start, rng.choice(
+                np.array(tasks or range(max(1, len(self.spec.tasks)))), n)
         events = self.events[np.isin(self.events[:, 0], episodes)]
+        if len(tasks):
+            events = events[np.isin(events[:, 2], tasks)]
         if not len(events) or length < 2:
             raise UserError(f"got {len(events)} events for relevant windows of {length} frames; "
                             "need an event and 2 frames; do: record more, or sample uniformly")

@@ -164,6 +164,8 @@ def test_relevant_windows_hold_their_event(paint):
     ahead = np.array([(np.flatnonzero(paint.episode(i)["events"][a + 1:, t])[:1] + 1).sum()
                       for i, a, t in zip(episode, start, task, strict=True)])
     assert ahead.min() == 1 and 6 < ahead.max() <= 10                           # behind its end
+    for relevant in (True, False):
+        assert set(paint.sample(rng, 50, 6, relevant, tasks=[1])[2]) == {1}
     episode, start, task = paint.sample(rng, 300, 6)                            # control: uniform
     events = paint.read(episode, start, 6, ["events"])["events"][np.arange(300), :, task]
     assert not events[:, 1:].any(1).all()

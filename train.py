@@ -734,11 +734,11 @@ def known_actions(job):
     return known
 
 
-def latent_batch(job, latents, rng, uniform, relevant, length):
-    """`uniform` rows from anywhere, then `relevant` ones that show their task being done ->
+def latent_batch(job, latents, rng, uniform, relevant, length, tasks=()):
+    """`uniform` rows from anywhere, then `relevant` ones that show their task (of `tasks`) done ->
     dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
     prompts, reach = (job.configs["agent"][k] for k in ("prompts", "reach"))
-    parts = [job.dataset.sample(rng, n, length, r, reach=reach)
+    parts = [job.dataset.sample(rng, n, length, r, reach=reach, tasks=tasks)
              for n, r in ((uniform, False), (relevant, prompts)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
@@ -868,11 +868,12 @@ def train_imagine(job):
     world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
     if cfg.compile:
         compile_module(world, job.device)
-    relevant = round(agent.cfg.relevant * cfg.imagine_batch)
+    relevant, spec = round(agent.cfg.relevant * cfg.imagine_batch), run.spec
+    tasks = [spec.tasks.index(t) for t, _ in spec.ladder] if agent.cfg.practice == "ladder" else []
 
     def loss_fn(rng, generator, step):
         batch, actions = latent_batch(job, latents, rng, cfg.imagine_batch - relevant, relevant,
-                                      context + horizon)    # so that a shown task lies ahead, often
+                                      context + horizon, tasks)     # a shown task lies ahead, often
         first = lambda x: x[:, :context]
         h, chosen, _ = imagine_rollout(world, agent, first(batch["z"]),
                                        {k: first(x) for k, x in actions.items()},
