@@ -162,6 +162,10 @@ class Agent(nn.Module):
         self.prior = copy.deepcopy(self.policy).requires_grad_(False)
         self.register_buffer("bins", symexp_bins(cfg.bins), persistent=False)
 
+    def prompt(self, task, none):
+        """task (...) as the agent token is told it: the number `none` where it learned without."""
+        return task if self.cfg.prompts else torch.full_like(task, none)
+
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
 
@@ -412,8 +416,8 @@ def load_run(path, stage=None, device="cpu", dtype=None):
     try:
         spec, cfg = EnvSpec.from_json(state["spec"]), state["config"]
         run = Run(path, state["stage"], spec, Tokenizer(TokenizerConfig(**cfg["tokenizer"])),
-                  meta={k: state[k] for k in ("step", "commit", "config", "dataset", "seconds")
-                        if k in state})
+                  meta={k: state[k] for k in ("step", "commit", "config", "dataset", "made_of",
+                                              "seconds") if k in state})
         if "dynamics" in state:
             run.dynamics = Dynamics(DynamicsConfig(**cfg["dynamics"]), spec.actions)
         if "agent" in state:

@@ -838,12 +838,13 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def sample(self, rng, n, length, relevant=False, split="train", reach=0, tasks=()):
+    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=()):
         """Draw n windows of `length` rows inside episodes -> episode, start, task: int64 (n,).
 
         Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
-        happen, one of its events, a window with that event in rows 1 .. max(length - 1, reach):
-        with a longer reach it may lie behind the window's end. tasks: indices, draw these alone.
+        happen, one of its events, a window with that event in one of its rows `ahead`, (first,
+        last), default (1, length - 1); the last may lie behind the window's end. tasks: indices,
+        draw these alone.
         """
         episodes = self.episodes(split)
         episodes = episodes[self.lengths[episodes] >= length]
@@ -857,17 +858,18 @@ class Dataset:
             start = ends[which] - 1 - number                  # counts down from the last window
             return episodes[which], start, rng.choice(
                 np.array(tasks or range(max(1, len(self.spec.tasks)))), n)
-        events = self.events[np.isin(self.events[:, 0], episodes)]
-        if len(tasks):
-            events = events[np.isin(events[:, 2], tasks)]
-        if not len(events) or length < 2:
+        low, high = ahead or (1, length - 1)
+        episode, row, kind = self.events.T
+        fits = (row >= low) & (row - high <= self.lengths[episode] - length)
+        events = self.events[fits & np.isin(episode, episodes) & (np.isin(kind, tasks)
+                                                                  | (len(tasks) == 0))]
+        if not len(events) or high < low:
             raise UserError(f"got {len(events)} events for relevant windows of {length} frames; "
                             "need an event and 2 frames; do: record more, or sample uniformly")
         task = rng.choice(np.unique(events[:, 2]), n)
         episode, row, _ = np.array([rng.choice(events[events[:, 2] == t]) for t in task]).T
-        last = np.minimum(row - 1, self.lengths[episode] - length)
-        reach = max(reach, length - 1)
-        return episode, rng.integers(np.maximum(0, row - reach), last + 1), task
+        last = np.minimum(row - low, self.lengths[episode] - length)
+        return episode, rng.integers(np.maximum(0, row - high), last + 1), task
 
     def read(self, episode, start, length, fields=None):
         """Windows -> dict of arrays (n, length, ...): all fields but the probes, or `fields`."""

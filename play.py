@@ -100,9 +100,10 @@ def read_metrics(folder):
     return lines
 
 
-def add_results(folder, command, entries):
-    """entries: {name: (value, low, high, n, unit)}; merged into folder/results.json."""
-    results = read_results(folder)
+def add_results(folder, command, entries, instead_of=()):
+    """entries: {name: (value, low, high, n, unit)}; merged into folder/results.json, where names
+    that begin with `instead_of` go."""
+    results = {k: x for k, x in read_results(folder).items() if not k.startswith(instead_of)}
     for name, (value, low, high, n, unit) in entries.items():
         results[name] = {"value": value, "low": low, "high": high, "n": n, "unit": unit,
                          "command": command}
@@ -973,9 +974,8 @@ class Actor:
         self.task, self.history = self.prompt(task), []
 
     def prompt(self, task):
-        """task (N,), or the number that means none for a policy that was trained without."""
-        task, none = torch.as_tensor(task, device=self.device), len(self.run.spec.tasks)
-        return task if self.run.agent.cfg.prompts else torch.full_like(task, none)
+        task = torch.as_tensor(task, device=self.device)
+        return self.run.agent.prompt(task, len(self.run.spec.tasks))
 
     @torch.no_grad()
     def observe(self, frames, actions, labelled, task, changed=None):
@@ -1062,10 +1062,10 @@ def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, t
     """evaluate_agent's `first` of "random", "player" or a stage of the run in `folder`. It is kept
     in folder/episodes, and read back where the same checkpoint is asked for the same again."""
     folder = Path(folder)
-    name = f"{agent}_{seeds[0]}_{len(seeds)}x{length}"
+    name = f"{env}_{agent}_{seeds[0]}_{len(seeds)}x{length}".replace("/", "_").replace(":", "_")
     if agent in STAGES:
         crc = zlib.crc32((folder / f"{agent}.pt").read_bytes())
-        name += f"_t{temperature:g}_{crc:08x}"
+        name += f"_t{temperature:g}_{pick_dtype(device, dtype)}_{crc:08x}"
     path = folder / "episodes" / f"{name}.npy"
     if path.exists():
         print(f"{path} is there; delete it to play again.")
@@ -1077,6 +1077,7 @@ def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, t
     else:
         run = load_run(folder, agent, device, dtype) if agent in STAGES else None
         gif = {"agent": "episode_bc.gif", "imagine": "episode_rl.gif"}.get(agent)
+        gif = None if temperature != 1 or seeds[0] != TEST_SEED else gif
         first = evaluate_agent(env, seeds, length, run, dtype, workers, temperature=temperature,
                                gif=gif and folder / gif)
     path.parent.mkdir(exist_ok=True)
@@ -1084,14 +1085,23 @@ def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, t
     return first
 
 
+def t_share(df):
+    """Student's t with df degrees of freedom: a grid of t >= 0, and P(|T| <= t) at each."""
+    angle = np.linspace(0, np.pi / 2, 200_001)[:-1]             # t = sqrt(df) tan(angle)
+    share = np.cumsum(np.cos(angle) ** (df - 1))
+    return math.sqrt(df) * np.tan(angle), share / share[-1]
+
+
 def t_interval(x):
-    """Mean and its 95 % t interval over few runs: x (n,) -> value, low, high."""
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-                10: 2.262}
+    """Mean of few runs, its 95 % t interval, and two-sided p of mean 0: x (n,) -> 4 numbers."""
     n, mean = len(x), float(np.mean(x))
-    half = quantile.get(n, 2.2 if n < 20 else 2.0) * np.std(x, ddof=1) / math.sqrt(n) if n > 1 \
-        else math.inf
-    return mean, mean - half, mean + half
+    if n < 2:
+        return mean, -math.inf, math.inf, 1.0
+    t, share = t_share(n - 1)
+    error = float(np.std(x, ddof=1)) / math.sqrt(n)
+    half = float(np.interp(0.95, share, t)) * error
+    p = 1 - float(np.interp(abs(mean) / error, t, share)) if error else 1.0     # nothing to go by
+    return mean, mean - half, mean + half, p
 
 
 def mcnemar(a, b):
@@ -1115,14 +1125,15 @@ def agent_entries(spec, firsts, length):
     """{agent: first (runs, N, tasks)}, all in the same worlds -> entries for results.json: ladder
     score, success and restricted mean time of each rung, and "rl" against every other agent.
 
-    Intervals are over the runs where there are several, else over the worlds. Against "bc" the
-    success of each rung is tested too: McNemar over run and world, Holm over rungs.
+    Intervals are over the runs where there are several, else over the worlds (they tell what other
+    runs would give on this world model and these worlds). Against "bc" the success of each rung is
+    tested: paired t over runs, or McNemar over the worlds of one; Holm over rungs.
     """
     entries, rungs = {}, [spec.tasks.index(rung) for rung in spec.rungs]
 
     def over(values):                               # (runs, N) -> value, low, high, n
         few = len(values) > 1
-        return *(t_interval(values.mean(1)) if few else mean_interval(values[0])), values.size
+        return *(t_interval(values.mean(1))[:3] if few else mean_interval(values[0])), values.size
 
     for agent, first in firsts.items():
         scores = ladder_scores(spec, first)
@@ -1130,8 +1141,9 @@ def agent_entries(spec, firsts, length):
         for i, row in enumerate(scores if len(scores) > 1 else ()):
             entries[f"ladder_{agent}_run{i}"] = *mean_interval(row), len(row), "rungs"
         for rung, task in zip(spec.rungs, rungs, strict=True):
-            k, n = int(np.isfinite(first[..., task]).sum()), scores.size
-            entries[f"success_{agent}_{rung}"] = k / n, *wilson(k, n), n, "share"
+            done, n = np.isfinite(first[..., task]), scores.size
+            entries[f"success_{agent}_{rung}"] = (*over(done), "share") if len(done) > 1 else (
+                done.mean(), *wilson(int(done.sum()), n), n, "share")
             entries[f"time_{agent}_{rung}"] = *over(np.minimum(first[..., task], length)), "steps"
     for a, b in [("rl", b) for b in firsts if b != "rl"] + [("bc", "random")]:
         runs = {len(firsts.get(agent, ())) for agent in (a, b)}
@@ -1147,7 +1159,8 @@ def agent_entries(spec, firsts, length):
                                         / max(ladder_scores(spec, y).mean(), 1e-9), None, None,
                                         gain.size, "ratio")
         done = [(np.isfinite(x[..., task]), np.isfinite(y[..., task])) for task in rungs]
-        chances = holm([mcnemar(one.ravel(), two.ravel()) for one, two in done])
+        chances = holm([t_interval(one.mean(1) - two.mean(1))[3] if len(one) > 1 else
+                        mcnemar(one[0], two[0]) for one, two in done])
         for rung, task, chance, (one, two) in zip(spec.rungs, rungs, chances, done, strict=True):
             entries[f"p_rl_bc_{rung}"] = chance, None, None, gain.size, "p (Holm)"
             if min(one.mean(), two.mean()) > 0.5:
@@ -1197,8 +1210,12 @@ def compare_agents(folder, text, episodes, length, device, dtype="auto", workers
                                                        device, dtype, workers, t)
     worlds = range(TEST_SEED, TEST_SEED + episodes)
     for item in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|[0-9.]+))?", item)
+        match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|\d*\.?\d+))?", item)
         name, pattern, stage, temperature = match.groups() if match else (None,) * 4
+        if match and temperature != "best":
+            temperature = float(temperature or 1)
+            if not temperature:
+                raise UserError(f"Got --compare {item!r}, need a temperature above 0.")
         paths = [p for p in sorted(Path(folder).parent.glob(pattern or "-"))
                  if (p / f"{stage}.pt").exists()]
         if not paths:
@@ -1212,9 +1229,8 @@ def compare_agents(folder, text, episodes, length, device, dtype="auto", workers
             temperature = max(scores, key=scores.get)
             entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50, "rungs")
                         for t, x in scores.items()}
-        entries[f"temperature_{name}"] = float(temperature or 1), None, None, len(paths), ""
-        firsts[name] = np.stack([play_in(p, stage, worlds, float(temperature or 1))
-                                 for p in paths])
+        entries[f"temperature_{name}"] = temperature, None, None, len(paths), ""
+        firsts[name] = np.stack([play_in(p, stage, worlds, temperature) for p in paths])
     for bound in ("random", "player") if hasattr(make_env(settings["env"]), "player") else ():
         firsts[bound] = play_in(folder, bound, worlds)[None]
     return entries | agent_entries(spec, firsts, length)
@@ -1227,9 +1243,10 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
     event such a prediction (recall); P(continue) at terminals and elsewhere."""
     tasks, device = run.spec.tasks, run.device
     generator = torch.Generator(device).manual_seed(0)
-    task = torch.arange(len(tasks), device=device)[:, None]
-    guesses, truths, alive, ends = [], [], [], []
+    task = run.agent.prompt(torch.arange(len(tasks), device=device)[:, None], len(tasks))
+    parts = []                          # of an episode: numbers by task, or at its end and before
     for i in tqdm(dataset.episodes("all"), "heads", leave=False):
+        guess, alive = [], []
         dream, eyes = Dream(run.dynamics, generator), run.tokenizer.new_cache()
         for start in range(0, dataset.lengths[i], chunk):
             T = min(chunk, dataset.lengths[i] - start)
@@ -1239,24 +1256,29 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
                 z = run.tokenizer.encode(clip["frames"], eyes)
                 h = dream.commit(each(z), {k: each(x) for k, x in actions.items()},
                                  each(clip["labelled"]), task.expand(-1, T))
-                guesses.append(run.agent.rewards(h).T.cpu().numpy())
+                guess.append(run.agent.rewards(h).T.cpu().numpy())
                 alive.append(run.agent.continue_prob(h).mean(0).cpu().numpy())
-            truths.append(clip["events"][0].cpu().numpy() > 0)
-            ends.append(clip["continues"][0].cpu().numpy() == 0)
-    guess, true, alive, end = map(np.concatenate, (guesses, truths, alive, ends))
-    claim, entries = guess > 0.5, {}
+        guess, alive = np.concatenate(guess), np.concatenate(alive)
+        true = np.asarray(dataset.episode(i)["events"]) > 0
+        end = np.asarray(dataset.episode(i)["continues"]) == 0
+        claim, rows = guess > 0.5, np.stack([end, ~end], 1)
+        parts.append([x.sum(0) for x in (claim & true, claim, true, guess, rows * alive[:, None],
+                                         rows)])
+    hits, claims, events, guesses, alive, rows = (np.stack(x) for x in zip(*parts, strict=True))
+    entries = {}
+
+    def share(name, a, b, unit="share"):        # (episodes,) twice; intervals are over episodes
+        if b.any():
+            entries[name] = *bootstrap(ratio, a, b), int(b.sum()), unit
+
     for name, some in [("", slice(None))] + [(f"_{t}", [k]) for k, t in enumerate(tasks)]:
-        hits, claims, n = (int(x[:, some].sum()) for x in (claim & true, claim, true))
-        if n:
-            entries[f"reward_recall{name}"] = hits / n, *wilson(hits, n), n, "share"
-        if claims:
-            entries[f"reward_precision{name}"] = hits / claims, *wilson(hits, claims), claims, \
-                "share"
-    entries["reward_predicted_mean"] = float(guess.mean()), None, None, guess.size, "reward"
-    entries["reward_true_mean"] = float(true.mean()), None, None, true.size, "reward"
-    for name, rows in (("at_terminals", end), ("elsewhere", ~end)):
-        if rows.any():
-            entries[f"continue_{name}"] = *mean_interval(alive[rows]), int(rows.sum()), "p"
+        of = [x[:, some].sum(1) for x in (hits, claims, events)]
+        share(f"reward_precision{name}", of[0], of[1])
+        share(f"reward_recall{name}", of[0], of[2])
+    share("continue_at_terminals", alive[:, 0], rows[:, 0], "p")
+    share("continue_elsewhere", alive[:, 1], rows[:, 1], "p")
+    share("reward_predicted_mean", guesses.sum(1) / len(tasks), rows.sum(1), "reward")
+    share("reward_true_mean", events.sum(1) / len(tasks), rows.sum(1), "reward")
     return entries
 
 
@@ -1404,7 +1426,8 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     episode, start, task = dataset.sample(rng, rows, T, len(dataset.events) > 0, "all")
     clips, actions = to_tensors(dataset.read(episode, start, T), device)
     first = lambda x: x[:, :cfg.context]
-    prompt = torch.as_tensor(task, device=device)[:, None].expand(-1, cfg.context)
+    prompt = run.agent.prompt(torch.as_tensor(task, device=device), len(run.spec.tasks))
+    prompt = prompt[:, None].expand(-1, cfg.context)
     with autocast(device, dtype):
         z, cache = run.tokenizer.encode(first(clips["frames"])), run.tokenizer.new_cache()
         h, _, z_next = imagine_rollout(run.dynamics, run.agent, z,
@@ -1874,7 +1897,8 @@ def evaluate(words):
     folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
     if args.compare:
         return add_results(folder, command, compare_agents(
-            folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers))
+            folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers),
+            ("ladder_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
     run, dataset = open_run(args, settings, device)
     add_results(folder, command, evaluate_world(run, dataset, args.dtype))
     if run.dynamics:

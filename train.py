@@ -15,6 +15,7 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import filecmp
 import functools
 import hashlib
 import json
@@ -38,7 +39,7 @@ from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast, 
                    pick_dtype)
 from data import (Dataset, UserError, check_config, env_spec, read_json, record, rng_for, run_cli,
                   write_whole)
-from dynamics import Dynamics, DynamicsConfig, dynamics_losses
+from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, latent_health,
                        lpips_loss, mae_mask, reconstruction_loss, scale_pixels)
 
@@ -89,7 +90,7 @@ class TrainConfig:
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
     log_every: int = 25
-    check_every: int = 250      # dynamics steps between looks at dreams
+    check_every: int = 250      # steps between looks at dreams, or at imitation
     save_every: int = 250
 
     def __post_init__(self):
@@ -247,6 +248,10 @@ class Job:
     def known(self):
         return known_actions(self)
 
+    @functools.cached_property
+    def prompts(self):
+        return ladder_prompts(self.dataset)
+
     def to_device(self, array):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
@@ -309,7 +314,7 @@ def split_rows(*modules):
             dist.all_reduce(rows := x.detach().clone())
             return rows + n * (x - x.detach())
 
-        if B < n:                                       # too few: all rows in every process
+        if B < n or named.get("cache"):                 # too few, or a dream: all in every process
             return forward(*inputs, **named)
         inputs, named = each(lambda x: x[begin:end], (inputs, named))
         return each(whole, forward(*inputs, **named))
@@ -395,8 +400,9 @@ def fingerprint(module):
     return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
-def save_stage(job, stage, step, **modules):
-    """runs/NAME/STAGE.pt: all that load_run needs."""
+def save_stage(job, stage, step, made_of, **modules):
+    """runs/NAME/STAGE.pt: all that load_run needs. made_of: what the stage began with, as in fit;
+    so that it is noticed where a stage before it was trained again."""
     try:
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip()
@@ -406,7 +412,8 @@ def save_stage(job, stage, step, **modules):
         if rank():
             return
         save(job.folder / f"{stage}.pt",
-             {"stage": stage, "step": step, "commit": commit, "dataset": job.dataset.fingerprint,
+             {"stage": stage, "step": step, "commit": commit, "made_of": made_of,
+              "dataset": job.dataset.fingerprint,
               "spec": job.dataset.spec.to_json(), "config": job.configs,
               "seconds": time.perf_counter() - job.mark,
               **{name: module.state_dict() for name, module in modules.items()}})
@@ -591,6 +598,9 @@ def take_stages(base, folder, stage):
         source, target = base / name, folder / name
         if not source.exists():
             raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
+        if target.exists() and not filecmp.cmp(source, target):
+            raise UserError(f"Got --base {base.name}, but {target} is another one than {source}: "
+                            "take another --run, or delete it.")
         if not target.exists():
             try:
                 os.link(source, target)
@@ -610,6 +620,10 @@ def open_stage(job, stage):
     if stage != "tokenizer" and (job.folder / "tokenizer.pt").exists():
         rests["tokenizer"] = (fingerprint(load_run(job.folder, "tokenizer", job.device).tokenizer),
                               fingerprint(run.tokenizer))
+    before = STAGES[max(STAGES.index(stage) - 1, 0)]
+    if run.meta.get("made_of") and (job.folder / f"{before}.pt").exists():
+        weights = weights_of(load_run(job.folder, before, job.device))
+        rests |= {k: (weights[k], made) for k, made in run.meta["made_of"].items()}
     for name, (got, made) in rests.items():
         if got != made and job.args.resume != "anyway":
             raise UserError(f"Got {name} {got}, {run.path} was made with {made}: go back to that "
@@ -674,7 +688,7 @@ def train_tokenizer(job):
         z = torch.cat([tokenizer.encode(frames(rng_for(job.args.seed, "latent_std", i), False))
                        for i in range(8)])
         tokenizer.latent_std.copy_(z.float().std())
-    save_stage(job, "tokenizer", cfg.tokenizer_steps, tokenizer=tokenizer)
+    save_stage(job, "tokenizer", cfg.tokenizer_steps, {}, tokenizer=tokenizer)
 
 
 def cached_latents(job, tokenizer):
@@ -734,21 +748,39 @@ def known_actions(job):
     return known
 
 
-def latent_batch(job, latents, rng, uniform, relevant, length, tasks=()):
-    """`uniform` rows from anywhere, then `relevant` ones that show their task (of `tasks`) done ->
-    dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, rewards, task (B, T)."""
-    prompts, reach = (job.configs["agent"][k] for k in ("prompts", "reach"))
-    parts = [job.dataset.sample(rng, n, length, r, reach=reach, tasks=tasks)
-             for n, r in ((uniform, False), (relevant, prompts)) if n]
+def ladder_prompts(data):
+    """(frames,): the task that the prompt ladder would ask for after each recorded frame."""
+    prompts = []
+    for i in data.episodes("all"):
+        ladder = play.Ladder(data.spec, 1)
+        for events in np.asarray(data.episode(i)["events"]):
+            ladder.advance(events[None])
+            prompts.append(ladder.task[0])
+    return np.array(prompts)
+
+
+def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False,
+                 split="train"):
+    """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
+    as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues,
+    rewards, task (B, T). ladder: tasks of its prompts alone, and uniform rows have that which it
+    would ask for at their end."""
+    spec = job.dataset.spec
+    tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
+    parts = [job.dataset.sample(rng, n, length, r, split, ahead, tasks)
+             for n, r in ((uniform, False), (relevant, True)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
+    if tasks:
+        ends = job.dataset.offsets[episode] + start + length - 1
+        task[:uniform] = job.prompts[ends[:uniform]]
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
-    rewards = (read["events"][np.arange(len(task)), :, task] if job.dataset.spec.tasks
+    rewards = (read["events"][np.arange(len(task)), :, task] if spec.tasks
                else np.zeros(index.shape))
     batch = {"z": latents[index].astype(np.float32), "rewards": rewards.astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1) if prompts else
-             np.full(index.shape, len(job.dataset.spec.tasks)),
+             "task": np.repeat(task[:, None], length, 1)
+             if job.configs["agent"]["prompts"] else np.full(index.shape, len(spec.tasks)),
              "labelled": read["labelled"] & job.known[index],
              "continues": read["continues"].astype(np.float32)}
     return ({k: job.to_device(x) for k, x in batch.items()},
@@ -787,6 +819,24 @@ def rollout_check(job, run, n=16, context=16, horizon=4):
             f"rollout_minus_shuffled_h{horizon}": torch.tensor(psnr[0] - psnr[1])}
 
 
+@torch.no_grad()
+def imitation_check(job, latents, dynamics, agent, n=32, length=16):
+    """Nats of the next action on relevant windows of the validation episodes. {}: there are none.
+    It falls behind `bc_next_action` where the policy learns its episodes by heart."""
+    data = job.dataset
+    few = data.episodes("valid")[data.lengths[data.episodes("valid")] >= length]
+    if not np.isin(data.events[:, 0], few).any():
+        return {}
+    batch, actions = latent_batch(job, latents, rng_for(job.args.seed, "check", 0), 0, n, length,
+                                  split="valid")
+    generator = torch.Generator(job.device).manual_seed(0)
+    with autocast(job.device, job.args.dtype):
+        h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"], batch["task"])
+        metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
+                               batch["continues"], batch["labelled"].any(1))[1]
+    return {"bc_next_action_valid": metrics["bc_next_action"]}
+
+
 def train_dynamics(job):
     """Section 3.2: shortcut forcing on the frozen tokenizer's latents."""
     run = open_stage(job, "tokenizer")
@@ -797,7 +847,7 @@ def train_dynamics(job):
     if job.train.compile:
         compile_module(dynamics, job.device)
     split_rows(dynamics)
-    cfg = job.train
+    cfg, made_of = job.train, weights_of(run)
 
     def loss_fn(rng, generator, step):
         rows, length = window(cfg, step, cfg.dynamics_steps)
@@ -811,8 +861,9 @@ def train_dynamics(job):
         return losses, metrics
 
     fit(job, "dynamics", [dynamics], loss_fn, ["dynamics"],
-        make_optimizers([dynamics], cfg.lr_matrix, cfg.lr), made_of=weights_of(run))
-    save_stage(job, "dynamics", cfg.dynamics_steps, tokenizer=run.tokenizer, dynamics=dynamics)
+        make_optimizers([dynamics], cfg.lr_matrix, cfg.lr), made_of=made_of)
+    save_stage(job, "dynamics", cfg.dynamics_steps, made_of, tokenizer=run.tokenizer,
+               dynamics=dynamics)
 
 
 def train_agent(job):
@@ -836,24 +887,27 @@ def train_agent(job):
         rows, length = window(cfg, step, cfg.agent_steps)
         relevant = round(agent.cfg.relevant * rows)
         uniform = rows - relevant
-        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length)
+        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length,
+                                      (1, max(length - 1, agent.cfg.reach)))
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
             round(dynamics.cfg.p_boot * uniform), generator, uniform, batch["task"], single,
-            relevant if agent.cfg.bc_level == "context" else 0)
+            relevant + uniform // 4 if agent.cfg.bc_level == "context" else 0)
         is_relevant = torch.arange(rows, device=job.device) >= uniform
         more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
                                           batch["continues"], is_relevant)
         if not agent.cfg.pretrained:
             del losses["dynamics"]
+        if (step + 1) % cfg.check_every == 0:
+            more_metrics |= imitation_check(job, latents, dynamics, agent)
         return losses | more, metrics | more_metrics
 
     fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
         make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2),
         {"bc": agent.cfg.bc_weight}, made_of)
     agent.freeze_prior()
-    save_stage(job, "agent", cfg.agent_steps, tokenizer=run.tokenizer, dynamics=dynamics,
+    save_stage(job, "agent", cfg.agent_steps, made_of, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
 
 
@@ -868,17 +922,15 @@ def train_imagine(job):
     world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
     if cfg.compile:
         compile_module(world, job.device)
-    relevant, spec = round(agent.cfg.relevant * cfg.imagine_batch), run.spec
-    tasks = [spec.tasks.index(t) for t, _ in spec.ladder] if agent.cfg.practice == "ladder" else []
+    relevant = round(agent.cfg.relevant * cfg.imagine_batch)
 
     def loss_fn(rng, generator, step):
+        # relevant rows have their event in the frames to be imagined, none has it behind it
         batch, actions = latent_batch(job, latents, rng, cfg.imagine_batch - relevant, relevant,
-                                      context + horizon, tasks)     # a shown task lies ahead, often
-        first = lambda x: x[:, :context]
-        h, chosen, _ = imagine_rollout(world, agent, first(batch["z"]),
-                                       {k: first(x) for k, x in actions.items()},
-                                       first(batch["labelled"]), first(batch["task"]), horizon,
-                                       generator)
+                                      context, (context, context + horizon - 1),
+                                      agent.cfg.practice == "ladder")
+        h, chosen, _ = imagine_rollout(world, agent, batch["z"], actions, batch["labelled"],
+                                       batch["task"], horizon, generator)
         losses, metrics = imagination_losses(agent, h, chosen)
         if step < cfg.value_first:      # a value of 0 would call every action good
             del losses["policy"]
@@ -888,8 +940,8 @@ def train_imagine(job):
                                    {"params": agent.value.parameters(), "lr": cfg.lr_value}],
                                   weight_decay=0.0)
     fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer], made_of=made_of)
-    save_stage(job, "imagine", cfg.imagine_steps, tokenizer=run.tokenizer, dynamics=dynamics,
-               agent=agent)
+    save_stage(job, "imagine", cfg.imagine_steps, made_of, tokenizer=run.tokenizer,
+               dynamics=dynamics, agent=agent)
 
 
 # ---------------------------------------------------------------------------------------- main
