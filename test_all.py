@@ -3192,7 +3192,7 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     results = play.read_results("runs/base")
     assert results["ladder_cool"]["n"] == 6 and results["ladder_rl_minus_bc"]["n"] == 3
     assert results["temperature_cool"]["value"] in (1.0, 0.5)
-    kept = sorted((finished / "runs/seed1/episodes").glob("agent_30000_3x6_t1_*"))
+    kept = sorted((finished / "runs/seed1/episodes").glob("*agent_30000_3x6_t1_*"))
     assert len(kept) == 1
     monkeypatch.setattr(play, "evaluate_agent", None)               # nothing is played again
     play.evaluate(words)
