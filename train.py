@@ -623,7 +623,8 @@ def open_stage(job, stage):
     before = STAGES[max(STAGES.index(stage) - 1, 0)]
     if run.meta.get("made_of") and (job.folder / f"{before}.pt").exists():
         weights = weights_of(load_run(job.folder, before, job.device))
-        rests |= {k: (weights[k], made) for k, made in run.meta["made_of"].items()}
+        rests |= {k: (weights[k], made) for k, made in run.meta["made_of"].items()
+                  if k != "tokenizer"}
     for name, (got, made) in rests.items():
         if got != made and job.args.resume != "anyway":
             raise UserError(f"Got {name} {got}, {run.path} was made with {made}: go back to that "
