@@ -125,8 +125,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "train.imagine_steps": 6, "train.batch": 12, "train.compile": False,
               "train.log_every": 5, "agent.horizon": 6, "train.imagine_batch": 16},
     "cpu_long": {"data.episodes": 1200, "train.tokenizer_steps": 6000,
-                 "train.dynamics_steps": 30000, "train.agent_steps": 8000,
-                 "train.imagine_steps": 1000, "data.eval_episodes": 200},
+                 "train.dynamics_steps": 20000, "train.agent_steps": 5000,
+                 "train.imagine_steps": 400, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
             "dynamics.layers": 12, "dynamics.heads": 12, "dynamics.kv_heads": 3,
@@ -623,7 +623,8 @@ def open_stage(job, stage):
     before = STAGES[max(STAGES.index(stage) - 1, 0)]
     if run.meta.get("made_of") and (job.folder / f"{before}.pt").exists():
         weights = weights_of(load_run(job.folder, before, job.device))
-        rests |= {k: (weights[k], made) for k, made in run.meta["made_of"].items()}
+        rests |= {k: (weights[k], made) for k, made in run.meta["made_of"].items()
+                  if k != "tokenizer"}
     for name, (got, made) in rests.items():
         if got != made and job.args.resume != "anyway":
             raise UserError(f"Got {name} {got}, {run.path} was made with {made}: go back to that "
