@@ -186,11 +186,7 @@ def copy_env(env):
 
 class InsertionSet(dict):
     """A set that is iterated in the order of insertion, in every process."""
-    def add(self, item):
-        self[item] = None
-
-    def remove(self, item):
-        del self[item]
+    add, remove = dict.setdefault, dict.__delitem__
 
 
 class Crafter:
@@ -661,16 +657,13 @@ class VecEnv:
         return self._exchange([{k: np.asarray(v)[part] for k, v in actions.items()}
                                for part in self.parts])
 
-    def close(self):
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.close()
-            process.join()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.close()
+            process.join()
 
 
 def episode_path(folder, index):
@@ -783,9 +776,7 @@ def finish_dataset(folder, spec, settings):
         path = episode_path(folder, index)
         rows = open_episode(path, spec)
         check_episode(path, rows, spec)
-        with open(path, "rb") as file:                        # may be larger than the memory
-            while chunk := file.read(1 << 20):
-                content.update(chunk)
+        content.update(np.memmap(path, np.uint8, "r"))        # may be larger than the memory
         lengths.append(len(rows))
         crc.append(zlib.crc32(rows.view(np.uint8)))
         events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events"))]
@@ -922,16 +913,41 @@ def branch_off(name, seed, actions, branches):
     return [films[i] for i in range(len(branches))]
 
 
-def record_worker(pipe, out, name, indices, seed, length, skills):
-    """Sends the length of each episode that it has recorded, or what went wrong."""
+def worker(pipe, function, jobs):
+    """Sends function(*job) of each job, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)              # the parent ends us
     try:
-        for i in indices:
-            episode = play_episode(make_env(name), seed, i, length, skills[i])
-            write_episode(out, i, *episode)
-            pipe.send(len(episode[0]))
+        for job in jobs:
+            pipe.send(function(*job))
     except Exception as error:
         pipe.send(error)
+
+
+def work(function, jobs, workers):
+    """Yields each job with function(*job), from worker processes (0: one for each core)."""
+    n = min(workers or os.cpu_count(), len(jobs))
+    processes, pipes = start_workers(worker, [(function, jobs[i::n]) for i in range(n)])
+    left = {pipe: jobs[i::n] for i, pipe in enumerate(pipes)}
+    try:
+        while any(left.values()):
+            for pipe in wait([pipe for pipe in left if left[pipe]]):
+                got = pipe.recv()
+                if isinstance(got, Exception):
+                    raise got
+                yield left[pipe].pop(0), got
+    except EOFError:
+        raise UserError("got a worker that died (memory?); need it; do: use fewer --workers")
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def record_one(out, name, i, seed, length, skill):
+    """Records episode i -> its length."""
+    episode = play_episode(make_env(name), seed, i, length, skill)
+    write_episode(out, i, *episode)
+    return len(episode[0])
 
 
 def begin(spec, out, settings):
@@ -978,26 +994,13 @@ def record(env, out, episodes, length, seed, workers=0, skill=None):
     todo = begin(spec, out, settings)
     if todo is None:
         return Dataset(out)
-    n = min(workers or os.cpu_count(), len(todo))
-    jobs = [(out, env, todo[i::n], seed, length, skills) for i in range(n)]
-    processes, pipes = start_workers(record_worker, jobs)
-    left = {pipe: len(job[2]) for pipe, job in zip(pipes, jobs, strict=True)}
+    jobs = [(out, env, i, seed, length, skills[i]) for i in todo]
     try:
         with tqdm(total=length * len(todo), unit="frame", desc="record", disable=not todo) as bar:
-            while any(left.values()):
-                for pipe in wait([pipe for pipe in left if left[pipe]]):
-                    got = pipe.recv()
-                    if isinstance(got, Exception):
-                        raise got
-                    left[pipe] -= 1
-                    bar.total -= length - got                 # an early death shortens the whole
-                    bar.update(got)
-    except EOFError:
-        raise UserError("got a worker that died (memory?); need it; do: use fewer --workers")
+            for _, frames in work(record_one, jobs, workers):
+                bar.total -= length - frames                  # an early death shortens the whole
+                bar.update(frames)
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
         for part in out.glob("*.tmp"):                        # of a worker that was stopped
             part.unlink()
     finish_dataset(out, spec, settings)
@@ -1149,22 +1152,16 @@ def fit_frame(frame, height, width):
     return (frame + 0.5).astype(np.uint8)
 
 
-@functools.lru_cache(1)
-def arrow():
-    """Our own cursor, 16x16x1: white 255, its edge 0, -1 where one sees through."""
-    y, x = np.indices((16, 16, 1))[:2]
-    white = (0 < x) & (x < y - 1) & (x + y < 14)
-    return np.where(white, 255, np.where((x <= y) & (x + y < 16), 0, -1))
-
-
 def draw_cursor(frame, x, y):
     """The frame with the cursor at x, y of the 1280x720 window, which the recorder leaves out."""
     x, y = (int(c * frame.shape[0] / 720) for c in (x, y))
     if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1]:
         frame = frame.copy()
         patch = frame[y: y + 16, x: x + 16]
-        shown = arrow()[:patch.shape[0], :patch.shape[1]]
-        patch[:] = np.where(shown < 0, patch, shown)
+        row, column = np.indices((*patch.shape[:2], 1))[:2]
+        white = (0 < column) & (column < row - 1) & (column + row < 14)
+        edge = (column <= row) & (column + row < 16)
+        patch[:] = np.where(white, 255, np.where(edge, 0, patch))
     return frame
 
 
@@ -1311,18 +1308,6 @@ def import_one(video, folder, size, fps=None):
     return {"video": str(video), "pieces": pieces, "skipped": reason, "fault": fault}
 
 
-def import_worker(pipe, videos, folder, size, fps):
-    """Sends the report of each video when it lies in FOLDER/NAME.json, or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)              # the parent ends us
-    try:
-        for video in videos:
-            report = json.dumps(import_one(video, folder, size, fps))
-            write_whole(folder / f"{part_name(video)}.json", lambda f: f.write(report.encode()))
-            pipe.send(json.loads(report))
-    except Exception as error:
-        pipe.send(error)
-
-
 def guess_frames(video, fps):
     """About how many frames a video will give; an even guess from the first lines or header."""
     if fps:
@@ -1371,28 +1356,15 @@ def import_files(videos, out, size, workers=0, fps=None, lone=()):
                         f"{need / 1e6:.0f}; do: make room, or import fewer or smaller frames")
     command = "python data.py " + " ".join(sys.argv[1:])
     write_about(out, spec, settings, complete=False, command=command)
-    n = min(workers or os.cpu_count(), len(todo))
-    jobs = [(todo[i::n], parts, size, fps) for i in range(n)]
-    processes, pipes = start_workers(import_worker, jobs)
-    left = {pipe: list(job[0]) for pipe, job in zip(pipes, jobs, strict=True)}
-    try:
-        with tqdm(total=len(todo), unit="video", desc="import", disable=not todo) as bar:
-            while any(left.values()):
-                for pipe in wait([pipe for pipe in left if left[pipe]]):
-                    got = pipe.recv()
-                    if isinstance(got, Exception):
-                        raise got
-                    reports[left[pipe].pop(0)] = got
-                    if got["skipped"] or got["fault"]:
-                        bar.write(f"{got['video']}: skipped: {got['skipped']}" if got["skipped"]
-                                  else f"{got['fault']}: the rest of it is left out")
-                    bar.update()
-    except EOFError:
-        raise UserError("got a worker that died (memory?); need it; do: use fewer --workers")
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+    with tqdm(total=len(todo), unit="video", desc="import", disable=not todo) as bar:
+        for (video, *_), got in work(import_one, [(v, parts, size, fps) for v in todo], workers):
+            path, report = parts / f"{part_name(video)}.json", json.dumps(got).encode()
+            write_whole(path, lambda file, report=report: file.write(report))
+            reports[video] = json.loads(report)
+            if got["skipped"] or got["fault"]:
+                bar.write(f"{got['video']}: skipped: {got['skipped']}" if got["skipped"]
+                          else f"{got['fault']}: the rest of it is left out")
+            bar.update()
     pieces = [parts / f"{name}_{i}.npy" for video, name in zip(videos, names, strict=True)
               for i in reports[video]["pieces"]]
     skipped = {r["video"]: r["skipped"] for r in reports.values() if r["skipped"]}

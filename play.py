@@ -117,10 +117,7 @@ def reference_set(env, episodes=40, length=300, workers=0, path=""):
     if path:
         return Dataset(path)
     path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
-    if not (path / "dataset.json").exists():
-        print(f"Recording the reference set into {path}.")
-    record(env, path, episodes, length, REFERENCE_SEED, workers)
-    return Dataset(path)
+    return record(env, path, episodes, length, REFERENCE_SEED, workers)
 
 
 def interaction_set(env):
@@ -135,17 +132,12 @@ def interaction_set(env):
 def reference_clips(dataset, per_episode, length, device):
     """Evenly spaced windows of the reference set as tensors: frames, actions, labelled; `where`
     holds their episodes and starts."""
-    episode, start = [], []
-    for i in dataset.episodes("all"):
-        room = dataset.lengths[i] - length
-        if room >= 0:
-            starts = np.linspace(0, room, per_episode).astype(int)
-            episode += [i] * per_episode
-            start += list(starts)
-    if not episode:
+    long = [i for i in dataset.episodes("all") if dataset.lengths[i] >= length]
+    if not long:
         raise UserError(f"Got episodes of at most {max(dataset.lengths)} frames in {dataset.path}, "
                         f"need one of {length} to compare a dream with: record longer ones.")
-    where = np.array(episode), np.array(start)
+    where = np.repeat(long, per_episode), np.concatenate(
+        [np.linspace(0, dataset.lengths[i] - length, per_episode).astype(int) for i in long])
     clips, actions = to_tensors(dataset.read(*where, length), device)
     return clips | {"where": where}, actions
 
@@ -1047,8 +1039,7 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
 def evaluate_player(env, episodes, length, seed, workers=0):
     """The recorded player on the same worlds, for `length` steps -> first (N, tasks)."""
     with tempfile.TemporaryDirectory() as folder:
-        record(env, folder, episodes, length + 1, seed, workers)
-        dataset = Dataset(folder)
+        dataset = record(env, folder, episodes, length + 1, seed, workers)
         events = [np.asarray(dataset.episode(i)["events"]) > 0 for i in range(episodes)]
     return np.stack([np.where(e.any(0), e.argmax(0), np.inf) for e in events])
 
@@ -1114,10 +1105,9 @@ def mcnemar(a, b):
 
 def holm(p):
     """p values (n,), corrected for being the n tests that were made (Holm)."""
-    order, out, worst = np.argsort(p), np.zeros(len(p)), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = worst
+    order, out = np.argsort(p), np.zeros(len(p))
+    worse = np.asarray(p)[order] * np.arange(len(p), 0, -1)
+    out[order] = np.maximum.accumulate(np.minimum(worse, 1.0))
     return out
 
 
@@ -1334,12 +1324,11 @@ def picture_reconstructions(run, dataset, path, n=8, dtype="auto"):
     imageio.imwrite(path, enlarge(np.concatenate(rows, 0)))
 
 
-def plot():
-    """matplotlib without a screen."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+def new_figure(rows, columns, size, pad=1.08):
+    """matplotlib without a screen -> figure and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(size, tight_layout={"pad": pad})
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def picture_curves(folder, stage):
@@ -1348,36 +1337,30 @@ def picture_curves(folder, stage):
     keys = [k for k in (lines[-1] if lines else {}) if k not in ("stage", "step", "rate")]
     if not keys:
         return
-    plt, rows = plot(), -(-len(keys) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.6 * rows), squeeze=False)
+    rows = -(-len(keys) // 4)
+    figure, axes = new_figure(rows, 4, (14, 2.6 * rows))
     for axis, key in zip(axes.flat, keys, strict=False):
         steps, values = zip(*[(x["step"], x[key]) for x in lines if key in x], strict=True)
         axis.plot(steps, values)
         axis.set_title(key, fontsize=9)
         if min(values) > 0 and max(values) > 5 * min(values):
             axis.set_yscale("log")
-    figure.tight_layout()
     figure.savefig(Path(folder) / f"{stage}_curves.png", dpi=70)
-    plt.close(figure)
 
 
 def write_strips(path, titles, strips):
     """Rows of pictures with their names, as one PNG."""
-    plt = plot()
-    figure, axes = plt.subplots(len(strips), 1, figsize=(12, 1.15 * len(strips)))
-    for axis, title, strip in zip(axes, titles, strips, strict=True):
+    figure, axes = new_figure(len(strips), 1, (12, 1.15 * len(strips)))
+    for axis, title, strip in zip(axes.flat, titles, strips, strict=True):
         axis.imshow(strip)
         axis.set_title(title, fontsize=8, loc="left", pad=2)
         axis.axis("off")
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def picture_rollouts(path, errors, likeness):
     """PSNR and SSIM by horizon: {curve: (n, T)} twice."""
-    plt = plot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure, (axes,) = new_figure(1, 2, (11, 3.6))
     for name in (name for name in errors if name != "next"):
         for axis, curve in zip(axes, (decibel(errors[name]), likeness[name].mean(0)), strict=True):
             axis.plot(np.arange(1, len(curve) + 1), curve, label=name)
@@ -1385,9 +1368,7 @@ def picture_rollouts(path, errors, likeness):
         axis.set_xlabel("frames after the context")
         axis.set_title(title)
     axes[0].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def agents_in(results, spec):
@@ -1401,8 +1382,7 @@ def picture_rungs(path, spec, results, measure):
     agents = [a for a in agents_in(results, spec) if f"{measure}_{a}_{spec.rungs[0]}" in results]
     if not agents:
         return
-    plt = plot()
-    figure, axis = plt.subplots(figsize=(11, 3.6))
+    figure, ((axis,),) = new_figure(1, 1, (11, 3.6))
     for i, agent in enumerate(agents):
         rows = [results[f"{measure}_{agent}_{rung}"] for rung in spec.rungs]
         value = np.array([r["value"] for r in rows])
@@ -1412,9 +1392,7 @@ def picture_rungs(path, spec, results, measure):
     axis.set_xticks(np.arange(len(spec.rungs)) + 0.3, spec.rungs, rotation=25, ha="right")
     axis.set_ylabel("success" if measure == "success" else "steps, failures count in full")
     axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 @torch.no_grad()
@@ -1422,31 +1400,26 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     """Imagined rollouts of the policy on reference windows that show an event: the last frame of
     the context and what follows, with the task, predicted rewards and values."""
     cfg, device, rng = run.agent.cfg, run.device, np.random.default_rng(seed)
-    T = cfg.context + cfg.horizon
-    episode, start, task = dataset.sample(rng, rows, T, len(dataset.events) > 0, "all")
-    clips, actions = to_tensors(dataset.read(episode, start, T), device)
-    first = lambda x: x[:, :cfg.context]
+    C, H = cfg.context, cfg.horizon
+    episode, start, task = dataset.sample(rng, rows, C, len(dataset.events) > 0, "all",
+                                          (C, C + H - 1))
+    clips, actions = to_tensors(dataset.read(episode, start, C), device)
     prompt = run.agent.prompt(torch.as_tensor(task, device=device), len(run.spec.tasks))
-    prompt = prompt[:, None].expand(-1, cfg.context)
     with autocast(device, dtype):
-        z, cache = run.tokenizer.encode(first(clips["frames"])), run.tokenizer.new_cache()
-        h, _, z_next = imagine_rollout(run.dynamics, run.agent, z,
-                                       {k: first(x) for k, x in actions.items()},
-                                       first(clips["labelled"]), prompt, cfg.horizon,
+        z = run.tokenizer.encode(clips["frames"])
+        h, _, z_next = imagine_rollout(run.dynamics, run.agent, z, actions, clips["labelled"],
+                                       prompt[:, None].expand(-1, C), H,
                                        torch.Generator(device).manual_seed(seed))
-        frames = run.tokenizer.decode(torch.cat([z, z_next], 1), cache)[:, cfg.context - 1:].cpu()
+        frames = run.tokenizer.decode(torch.cat([z, z_next], 1))[:, C - 1:].cpu()
         rewards, values = run.agent.rewards(h), run.agent.values(h)
-    plt = plot()
-    figure, axes = plt.subplots(rows, h.shape[1], figsize=(1.1 * h.shape[1], 1.5 * rows))
+    figure, axes = new_figure(rows, h.shape[1], (1.1 * h.shape[1], 1.5 * rows), 0.3)
     for i, row in enumerate(axes):
         for t, axis in enumerate(row):
             axis.imshow(frames[i, t])
             axis.set_title(f"r {rewards[i, t]:.2f}\nv {values[i, t]:.2f}" if t else
                            f"{run.spec.tasks[task[i]]}\nv {values[i, 0]:.2f}", fontsize=6, pad=2)
             axis.axis("off")
-    figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------- report
