@@ -1353,6 +1353,11 @@ def test_comparison_of_agents_against_known_values():
     assert "time_rl_minus_bc_both_keys" not in got                  # BC never gets there
     assert got["success_bc_four"][0] == 0.75
     assert abs(got["p_rl_bc_four"][0] - 1.0) < 1e-3                 # runs: +1/2, 0: p 1/2, twice
+    always = np.ones((5, 20, 2))                        # runs gain 4, 6, 2, 5, 3 of 20 worlds
+    less = always.copy()
+    less[..., 0][np.arange(20) < np.array([4, 6, 2, 5, 3])[:, None]] = inf
+    many = play.agent_entries(spec, {"bc": less, "rl": always}, 10)
+    assert abs(many["p_rl_bc_four"][0] - 2 * 0.00481) < 1e-4        # t = 5.657; worlds not pooled
     one = play.agent_entries(spec, {"bc": bc[:1], "rl": rl[:1]}, 10)
     assert one["p_rl_bc_four"][0] == 1.0 and one["success_bc_four"][1:3] == play.wilson(1, 2)
     assert "ladder_rl_minus_bc" not in play.agent_entries(
@@ -3684,7 +3689,8 @@ def test_two_processes_equal_one(finished, tmp_path):
     in 20 steps. At a low rate: Muon rounds to bf16, which at full rate lets a sum's last bit grow
     to a few 1e-4 within 20 steps (so does any other change of that bit)."""
     flags = [*TINY, "--dtype", "fp32", "--train.log_every", "1", "--train.lr", "1e-3",
-             "--train.lr_matrix", "1e-3", *(f"--train.{s}_steps=20" for s in STAGES)]
+             "--train.lr_matrix", "1e-3", "--train.check_every", "10",
+             *(f"--train.{s}_steps=20" for s in STAGES)]
     flags = [f.replace(KEYS, "test_all:KeyEnv") for f in flags]
     shutil.copytree(finished / EPISODES, tmp_path / "datasets/test_all_KeyEnv_6x36")
     (tmp_path / "runs").mkdir()

@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
-            else:                                           # as many keys as there are frames
+            else:                                           # ever more keys: compiled in parts
                 x = block(x, angles[block.kind], masks[block.kind], cache, i)
         return self.norm(x)
 

@@ -888,8 +888,7 @@ def train_agent(job):
         rows, length = window(cfg, step, cfg.agent_steps)
         relevant = round(agent.cfg.relevant * rows)
         uniform = rows - relevant
-        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length,
-                                      (1, max(length - 1, agent.cfg.reach)))
+        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length)
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
