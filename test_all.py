@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -1386,6 +1387,9 @@ def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
     both = true.all(1).sum()
     assert got["reward_precision_both_keys"][0] == both / true[:, 0].sum()
     assert got["reward_recall_both_keys"][0] == both / true[:, 1].sum()
+    run.agent.rewards = lambda h: h[..., 0]                         # the prompt is that task's
+    alone = play.evaluate_heads(run, dataset, "fp32")
+    assert alone["reward_recall_four"][0] == 1 and alone["reward_recall_both_keys"][0] == 0
     assert got["continue_at_terminals"][0] == 0.25 and got["continue_at_terminals"][3] == ends > 0
 
 
@@ -3199,7 +3203,8 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     assert results["ladder_cool"]["n"] == 6 and results["ladder_rl_minus_bc"]["n"] == 3
     assert results["temperature_cool"]["value"] in (1.0, 0.5)
     kept = sorted((finished / "runs/seed1/episodes").glob("*agent_30000_3x6_t1_*"))
-    assert len(kept) == 1
+    crc = zlib.crc32((finished / "runs/seed1/agent.pt").read_bytes())   # of these weights alone
+    assert len(kept) == 1 and kept[0].stem.endswith(f"_{crc:08x}")
     monkeypatch.setattr(play, "evaluate_agent", None)               # nothing is played again
     play.evaluate(words)
     for wrong in ("bc=nothing:agent", "bc=seed1", "bc=seed1:dynamics"):
@@ -3237,13 +3242,14 @@ def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
     job = train.Job(None, None, train.DataConfig(), None, {"agent": {"prompts": True}},
                     torch.device("cpu"), dataset)
     number = np.arange(dataset.frames_total, dtype=np.float32)[:, None, None]
-    batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 50, 50, C,
+    batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 2000, 50, C,
                                   (C, C + H - 1), True)
     last, task = batch["z"][:, -1, 0, 0].long().numpy(), batch["task"][:, 0].numpy()
-    assert (task[:50] == prompts[last[:50]]).all() and set(task[:50]) == {0, 1}
+    assert (task[:2000] == prompts[last[:2000]]).all() and set(task[:2000]) == {0, 1}
     events = np.concatenate([dataset.episode(i)["events"] for i in range(8)])
-    assert all(events[a + 1:a + 1 + H, t].any() for a, t in zip(last[50:], task[50:], strict=True))
-    assert not all(events[a + 1:a + 1 + H, 0].any() for a in last[:50])             # control
+    assert all(events[a + 1:a + 1 + H, t].any()
+               for a, t in zip(last[2000:], task[2000:], strict=True))
+    assert not all(events[a + 1:a + 1 + H, 0].any() for a in last[:2000])             # control
 
 
 @pytest.mark.slow
