@@ -38,6 +38,7 @@ class AgentConfig:
     practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
+    once: bool = True           # False: a return ends at its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
@@ -294,6 +295,8 @@ def imagination_losses(agent, h, actions):
     with torch.no_grad():
         values, continues = agent.values(h), agent.continue_prob(h)
         rewards = agent.rewards(h)
+        if cfg.once:                    # the event's chance is that of the prompt's being over
+            continues = continues * (1 - rewards.clamp(0, 1))
         returns = lambda_returns(rewards, continues, values, cfg.gamma, cfg.lam)[:, :-1]
         advantages = returns - values[:, :-1]
         prior = agent.prior(h[:, :-1])[:, :, 0]

@@ -366,7 +366,7 @@ class CrafterPlayer:
         self.clock += 1
         name = plan = self.queue.pop() if self.queue else self.intend()
         if self.rng.random() < self.noise:
-            name = self.rules.actions[self.rng.integers(6 if self.rng.random() < 0.8 else 17)]
+            name = self.rules.actions[self.rng.integers(6 if self.rng.random() < 0.4 else 17)]
         if self.rng.random() < self.dither:
             pair = ["noop noop", "move_left move_right", "move_up move_down"][self.rng.integers(3)]
             self.queue += pair.split() * int(self.rng.integers(1, 4))
