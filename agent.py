@@ -38,7 +38,7 @@ class AgentConfig:
     practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
-    once: bool = True           # False: a return ends at its task's event, as a prompt does
+    once: bool = True           # False: a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
@@ -139,32 +139,36 @@ class Head(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, h):
-        return self.out(self.trunk(h)).float().unflatten(-1, self.shape)
+    def forward(self, h, distances=None):
+        n, out = distances or self.shape[0], self.shape[1]
+        x = F.linear(self.trunk(h), self.out.weight[:n * out], self.out.bias[:n * out])
+        return x.float().unflatten(-1, (n, out))
 
 
 class Agent(nn.Module):
     """Heads on the agent token's output h: policy, reward, continue, value, and the frozen prior
-    that imagination training starts from and stays near."""
+    that imagination training starts from and stays near. The reward head is asked about a task,
+    which need not be the prompt: every frame can teach it about all of them."""
 
-    def __init__(self, cfg, dim, action_spec):
+    def __init__(self, cfg, dim, action_spec, tasks):
         super().__init__()
         if action_spec.continuous:
             raise UserError("Got continuous actions, need binary or categorical ones for the "
                             "policy: discretise them, or stop after --stage dynamics.")
-        self.cfg, self.spec = cfg, action_spec
+        self.cfg, self.spec, self.tasks = cfg, action_spec, tasks
         L = cfg.mtp
         self.policy = Head(dim, cfg.hidden, L + 1,
                            action_spec.binary + sum(action_spec.categorical))
         self.reward = Head(dim, cfg.hidden, L + 1, cfg.bins)
+        self.question = nn.Embedding(tasks + 1, dim)
         self.continues = Head(dim, cfg.hidden, 1, 1)
         self.value = Head(dim, cfg.hidden, 1, cfg.bins)
         self.prior = copy.deepcopy(self.policy).requires_grad_(False)
         self.register_buffer("bins", symexp_bins(cfg.bins), persistent=False)
 
-    def prompt(self, task, none):
-        """task (...) as the agent token is told it: the number `none` where it learned without."""
-        return task if self.cfg.prompts else torch.full_like(task, none)
+    def prompt(self, task):
+        """task (...) as the agent token is told it: the last number where it learned without."""
+        return task if self.cfg.prompts else torch.full_like(task, self.tasks)
 
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
@@ -172,11 +176,15 @@ class Agent(nn.Module):
     def act(self, h, generator=None, temperature=1.0):
         """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .).
         temperature < 1 sharpens the policy."""
-        return sample_action(self.spec, self.policy(h)[:, 0] / temperature, generator)
+        return sample_action(self.spec, self.policy(h, 1)[:, 0] / temperature, generator)
 
-    def rewards(self, h):
-        """Expected reward on reaching the frame of h (...): the head at distance 0."""
-        return two_hot_mean(self.reward(h)[..., 0, :], self.bins)
+    def reward_logits(self, h, task, distances=None):
+        """h (..., D), task (...), the one that is asked about -> (..., distances, bins)."""
+        return self.reward(h + self.question(task), distances)
+
+    def rewards(self, h, task):
+        """Expected reward of a task on reaching the frame of h: the head at distance 0."""
+        return two_hot_mean(self.reward_logits(h, task, 1)[..., 0, :], self.bins)
 
     def values(self, h):
         return two_hot_mean(self.value(h)[..., 0, :], self.bins)
@@ -209,24 +217,31 @@ def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
     return mean(policy_log_prob, policy_valid), mean(reward_log_prob, reward_valid)
 
 
-def agent_losses(agent, h, actions, labelled, rewards, continues, relevant):
-    """BC loss on rows with relevant (B,) True; reward and continue losses on all rows.
+def agent_losses(agent, h, actions, labelled, task, events, continues, relevant):
+    """BC loss on rows with relevant (B,) True; reward and continue losses on all rows, the reward
+    of the prompt at all distances ("reward") and that of every task at distance 0 ("events").
 
-    h (B, T, D), labelled (B, T), rewards and continues (B, T). Returns losses and metrics.
+    h (B, T, D), labelled, task, continues (B, T), events (B, T, tasks). -> losses and metrics.
     """
     cfg, L = agent.cfg, agent.cfg.mtp
     ahead = {name: targets_ahead(x, 1, L) for name, x in actions.items()}
     valid = next(iter(ahead.values()))[1]
     valid = valid & targets_ahead(labelled, 1, L)[0] & relevant[:, None, None]
     policy = action_log_prob(agent.spec, agent.policy(h), {k: x for k, (x, _) in ahead.items()})
+    rewards = F.pad(events, (0, 1)).gather(-1, task[..., None])[..., 0]
     reward, reward_valid = targets_ahead(rewards, 0, L)
-    bc, reward = behavior_loss(policy, valid, two_hot_log_prob(agent.reward(h), reward, agent.bins),
-                               reward_valid)
+    reward = two_hot_log_prob(agent.reward_logits(h, task), reward, agent.bins)
+    bc, reward = behavior_loss(policy, valid, reward, reward_valid)
     weight = torch.where(continues > 0, 1.0, cfg.terminal_weight)
     cont = F.binary_cross_entropy_with_logits(agent.continues(h)[..., 0, 0], continues, weight)
     now = valid[..., 0]
     nll = -(policy[..., 0] * now).sum() / now.sum().clamp_min(1)
-    return {"bc": bc, "reward": reward, "continue": cont}, {"bc_next_action": nll.detach()}
+    losses = {"bc": bc, "reward": reward, "continue": cont}
+    if agent.tasks:
+        every = torch.arange(agent.tasks, device=h.device)
+        every = agent.reward_logits(h[:, :, None], every, 1)[..., 0, :]
+        losses["events"] = -two_hot_log_prob(every, events, agent.bins).mean()
+    return losses, {"bc_next_action": nll.detach()}
 
 
 # ---------------------------------------------------------------------- equations 10 and 11
@@ -288,28 +303,32 @@ def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, genera
     return torch.stack(hs, 1), actions, torch.cat(frames, 1)
 
 
-def imagination_losses(agent, h, actions):
-    """Losses of policy and value head on a rollout from imagine_rollout. The advantage
-    R[t] - v[t] scores the action taken at h[:, t], t < T."""
+def imagination_losses(agent, h, actions, task):
+    """Losses of policy and value head on a rollout from imagine_rollout under the prompt task (B,).
+    The advantage R[t] - v[t] scores the action taken at h[:, t], t < T; what comes after the
+    prompt's end, or the player's, teaches nothing."""
     cfg = agent.cfg
     with torch.no_grad():
         values, continues = agent.values(h), agent.continue_prob(h)
-        rewards = agent.rewards(h)
+        rewards = agent.rewards(h, task[:, None])
         if cfg.once:                    # the event's chance is that of the prompt's being over
             continues = continues * (1 - rewards.clamp(0, 1))
+        live = F.pad(continues[:, 1:-1].cumprod(1), (1, 0), value=1.0)
+        seen = live > 0.5
         returns = lambda_returns(rewards, continues, values, cfg.gamma, cfg.lam)[:, :-1]
         advantages = returns - values[:, :-1]
-        prior = agent.prior(h[:, :-1])[:, :, 0]
-    logits = agent.policy(h[:, :-1])[:, :, 0]
-    log_prob = action_log_prob(agent.spec, logits, actions)
-    kl = action_kl(agent.spec, logits, prior)
+        prior = agent.prior(h[:, :-1], 1)[:, :, 0]
+    logits = agent.policy(h[:, :-1], 1)[:, :, 0]
+    log_prob = action_log_prob(agent.spec, logits, actions)[seen]
+    kl = action_kl(agent.spec, logits, prior)[seen]
+    returns, advantages = returns[seen], advantages[seen]
     policy = (pmpo_loss(log_prob, advantages, kl, cfg.pmpo_alpha, cfg.pmpo_beta)
               if cfg.objective == "pmpo" else
               advantage_loss(log_prob, advantages, returns, kl, cfg.pmpo_beta))
     losses = {"policy": policy,
-              "value": value_loss(agent.value(h[:, :-1])[..., 0, :], returns, agent.bins)}
+              "value": value_loss(agent.value(h[:, :-1])[seen][:, 0], returns, agent.bins)}
     spread = returns.var().clamp_min(1e-8)
-    return losses, {"imagined_reward": rewards[:, 1:].sum(1).mean(), "kl_prior": kl.mean().detach(),
+    return losses, {"imagined_reward": (live * rewards[:, 1:]).sum(1).mean(), "kl_prior": kl.mean().detach(),
                     "entropy": -log_prob.mean().detach(), "value_mean": values.mean(),
                     "value_explained": 1 - advantages.var() / spread,
                     "positive_share": (advantages >= 0).float().mean()}
@@ -423,7 +442,8 @@ def load_run(path, stage=None, device="cpu", dtype=None):
         if "dynamics" in state:
             run.dynamics = Dynamics(DynamicsConfig(**cfg["dynamics"]), spec.actions)
         if "agent" in state:
-            run.agent = Agent(AgentConfig(**cfg["agent"]), cfg["dynamics"]["dim"], spec.actions)
+            run.agent = Agent(AgentConfig(**cfg["agent"]), cfg["dynamics"]["dim"], spec.actions,
+                              len(spec.tasks))
         for name in ("tokenizer", "dynamics", "agent"):
             if module := getattr(run, name):
                 module.load_state_dict(state[name])

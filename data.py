@@ -893,23 +893,24 @@ def play_episode(env, seed, index, length, skill):
 
 def branch_off(name, seed, actions, branches):
     """Play a world by its recorded actions (T, .), and from the frames in `branches`, a list of
-    (t, other actions (n, .)), by other ones: a list of frames uint8 (n, H, W, 3). A film stands
-    still where its world has ended."""
+    (t, other actions (n, .)), by other ones: a list of frames uint8 (n, H, W, 3) and their events
+    (n, tasks). A film stands still where its world has ended."""
     env, films = make_env(name), {}
     frame = env.reset(seed)
     for t in range(max(t for t, _ in branches) + 1):
         if t:
             frame = env.step({k: x[t] for k, x in actions.items()})[0]
         for i in (i for i, (point, _) in enumerate(branches) if point == t):
-            fork, film, terminal = copy_env(env), [frame], False
+            fork, film, events, terminal = copy_env(env), [frame], [], False
             if fork is None:
                 raise UserError(f"got {name}, which can't be copied; need that to try other "
                                 "actions in it; do: leave this measure out")
             for action in zip(*branches[i][1].values(), strict=True):
+                done = np.zeros(len(env.spec.tasks), np.uint8)
                 if not terminal:
-                    frame_there, _, terminal = fork.step(dict(zip(actions, action, strict=True)))
-                film.append(frame_there)
-            films[i] = np.stack(film[1:])
+                    there, done, terminal = fork.step(dict(zip(actions, action, strict=True)))
+                film.append(there), events.append(done)
+            films[i] = np.stack(film[1:]), np.stack(events)
     return [films[i] for i in range(len(branches))]
 
 

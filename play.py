@@ -305,7 +305,8 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
                                 ("next", actions, True)):
             shown[name] = dream_clips(run, z, a, labelled, horizon, forced=forced)[:, context:]
     if simulator:
-        shown["simulator"] = play_on(dataset, *where, context, shuffled).to(device)
+        shown["simulator"] = torch.from_numpy(play_on(dataset, *where, context, shuffled)[0]).to(
+            device)
     errors = {name: squared_error(x, real) for name, x in shown.items()}
     likeness = {name: ssim(x, real) for name, x in shown.items()}
     entries["recon_psnr_db"] = *interval(decibel, errors["recon"].mean(1)), n, "dB"
@@ -406,7 +407,8 @@ def symbol_entries(reader, shown, probes, context, interval):
 
 def play_on(dataset, episode, start, context, actions):
     """The simulator from the end of each clip's context under other actions, (n, T, .): frames
-    uint8 (n, T - context, H, W, 3). Each world is made anew and led there as it was recorded."""
+    uint8 (n, T - context, H, W, 3), events (n, T - context, tasks). Each world is made anew and led
+    there as it was recorded."""
     jobs, keys = [], list(actions)
     for i in np.unique(episode):
         rows, recorded = np.flatnonzero(episode == i), dataset.episode(i)
@@ -416,7 +418,8 @@ def play_on(dataset, episode, start, context, actions):
                        {k: actions[k][r, context:].cpu().numpy() for k in keys}) for r in rows]))
     with PROCESSES.Pool() as pool:
         films = [film for part in pool.starmap(branch_off, jobs) for film in part]
-    return torch.from_numpy(np.stack(films))[np.argsort(np.argsort(episode, kind="stable"))]
+    order = np.argsort(np.argsort(episode, kind="stable"))
+    return tuple(np.stack(x)[order] for x in zip(*films, strict=True))
 
 
 # -------------------------------------------------------------------- interactions (Section 4.2)
@@ -800,7 +803,7 @@ def imagination_rate(model, agent, B, context, horizon, device, dtype, kind=Drea
 
     def rollout():
         h = imagine_rollout(model, agent, *inputs, task, horizon, torch.Generator(device), kind)[0]
-        (agent.rewards(h) + agent.values(h)).cpu()
+        (agent.rewards(h, task[:, :1]) + agent.values(h)).cpu()
 
     with autocast(device, dtype):
         return B * horizon / seconds(rollout, repeats, device)
@@ -908,7 +911,7 @@ def bench(device, dtype="auto"):
     note("uncached_b1_c64_k4", rate(1, 64, kind=Recomputed, repeats=8), "frames/s")
     note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
          / entries["bench_uncached_b1_c64_k4"][0], "ratio")
-    agent = Agent(AgentConfig(), 256, spec).to(device)
+    agent = Agent(AgentConfig(), 256, spec, 22).to(device)
     fast = copy.deepcopy(net)
     compile_module(fast, device)
     note("imagination_b64_c16", imagination_rate(fast, agent, 64, 16, 12, device, dtype),
@@ -956,6 +959,17 @@ class Ladder:
         return done
 
 
+def ladder_prompts(data):
+    """(frames,): the task that the prompt ladder would ask for after each recorded frame."""
+    prompts = []
+    for i in data.episodes("all"):
+        ladder = Ladder(data.spec, 1)
+        for events in np.asarray(data.episode(i)["events"]):
+            ladder.advance(events[None])
+            prompts.append(ladder.task[0])
+    return np.array(prompts)
+
+
 class Actor:
     """The policy in N real environments at once: frames in, sampled actions out."""
 
@@ -967,7 +981,7 @@ class Actor:
 
     def prompt(self, task):
         task = torch.as_tensor(task, device=self.device)
-        return self.run.agent.prompt(task, len(self.run.spec.tasks))
+        return self.run.agent.prompt(task)
 
     @torch.no_grad()
     def observe(self, frames, actions, labelled, task, changed=None):
@@ -1233,7 +1247,7 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
     event such a prediction (recall); P(continue) at terminals and elsewhere."""
     tasks, device = run.spec.tasks, run.device
     generator = torch.Generator(device).manual_seed(0)
-    task = run.agent.prompt(torch.arange(len(tasks), device=device)[:, None], len(tasks))
+    task = torch.arange(len(tasks), device=device)[:, None]
     parts = []                          # of an episode: numbers by task, or at its end and before
     for i in tqdm(dataset.episodes("all"), "heads", leave=False):
         guess, alive = [], []
@@ -1245,8 +1259,8 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
             with autocast(device, dtype):
                 z = run.tokenizer.encode(clip["frames"], eyes)
                 h = dream.commit(each(z), {k: each(x) for k, x in actions.items()},
-                                 each(clip["labelled"]), task.expand(-1, T))
-                guess.append(run.agent.rewards(h).T.cpu().numpy())
+                                 each(clip["labelled"]), run.agent.prompt(task).expand(-1, T))
+                guess.append(run.agent.rewards(h, task).T.cpu().numpy())
                 alive.append(run.agent.continue_prob(h).mean(0).cpu().numpy())
         guess, alive = np.concatenate(guess), np.concatenate(alive)
         true = np.asarray(dataset.episode(i)["events"]) > 0
@@ -1269,6 +1283,44 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
     share("continue_elsewhere", alive[:, 1], rows[:, 1], "p")
     share("reward_predicted_mean", guesses.sum(1) / len(tasks), rows.sum(1), "reward")
     share("reward_true_mean", events.sum(1) / len(tasks), rows.sum(1), "reward")
+    return entries
+
+
+@torch.no_grad()
+def evaluate_imagination(runs, dataset, dtype="auto", per_episode=8):
+    """Does what an agent imagines come true? {name: run with agent} dream as in training, on from
+    reference clips under the ladder's prompts; then the simulator takes the same actions -> shares
+    of clips in which the task is done: by the reward head in the dream ("imagined"), by the head on
+    the simulator's frames ("seen"), in truth; and of the imagined ones those that are true."""
+    entries, prompts = {}, ladder_prompts(dataset)
+    for name, run in runs.items():
+        C, H, device = run.agent.cfg.context, run.agent.cfg.horizon, run.device
+        clips, actions = reference_clips(dataset, per_episode, C + H, device)
+        episode, start = clips["where"]
+        task = torch.from_numpy(prompts[dataset.offsets[episode] + start + C - 1]).to(device)[:, None]
+        prompt, labelled = run.agent.prompt(task).expand(-1, C + H), clips["labelled"]
+        generator = torch.Generator(device).manual_seed(0)
+        with autocast(device, dtype):
+            z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"][:, :C].split(32)])
+            h, chosen, _ = imagine_rollout(
+                run.dynamics, run.agent, z, {k: x[:, :C] for k, x in actions.items()},
+                labelled[:, :C], prompt[:, :C], H, generator)
+            actions = {k: torch.cat([actions[k][:, :C], x], 1) for k, x in chosen.items()}
+            films, events = play_on(dataset, episode, start, C, actions)
+            films = torch.cat([clips["frames"][:, :C], torch.from_numpy(films).to(device)], 1)
+            z = torch.cat([run.tokenizer.encode(x) for x in films.split(32)])
+            labelled = torch.cat([labelled[:, :C], torch.ones_like(labelled[:, C:])], 1)
+            seen = Dream(run.dynamics, generator).commit(z, actions, labelled, prompt)[:, C:]
+            done = [(run.agent.rewards(x, task) > 0.5).any(1).cpu().numpy()
+                    for x in (h[:, 1:], seen)]
+        task = task.cpu().numpy()
+        done.append(np.take_along_axis(events > 0, task[..., None], 2).any((1, 2)))
+        for kind, x in zip(("imagined", "seen", "true"), done, strict=True):
+            entries[f"imagination_{name}_{kind}"] = *bootstrap(np.mean, x, block=per_episode), \
+                len(x), "share"
+        if done[0].any():
+            entries[f"imagination_{name}_precision"] = *bootstrap(
+                ratio, done[0] & done[2], done[0], block=per_episode), int(done[0].sum()), "share"
     return entries
 
 
@@ -1404,14 +1456,14 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     episode, start, task = dataset.sample(rng, rows, C, len(dataset.events) > 0, "all",
                                           (C, C + H - 1))
     clips, actions = to_tensors(dataset.read(episode, start, C), device)
-    prompt = run.agent.prompt(torch.as_tensor(task, device=device), len(run.spec.tasks))
+    asked = torch.as_tensor(task, device=device)[:, None]
     with autocast(device, dtype):
         z = run.tokenizer.encode(clips["frames"])
         h, _, z_next = imagine_rollout(run.dynamics, run.agent, z, actions, clips["labelled"],
-                                       prompt[:, None].expand(-1, C), H,
+                                       run.agent.prompt(asked).expand(-1, C), H,
                                        torch.Generator(device).manual_seed(seed))
         frames = run.tokenizer.decode(torch.cat([z, z_next], 1))[:, C - 1:].cpu()
-        rewards, values = run.agent.rewards(h), run.agent.values(h)
+        rewards, values = run.agent.rewards(h, asked), run.agent.values(h)
     figure, axes = new_figure(rows, h.shape[1], (1.1 * h.shape[1], 1.5 * rows), 0.3)
     for i, row in enumerate(axes):
         for t, axis in enumerate(row):
@@ -1596,13 +1648,14 @@ class Session:
         """Frames (1 or worlds, T, .) that are known now -> the dream's as pictures (T, H, W, 3)."""
         rows = self.n * len(self.worlds)
         many = lambda x: x.repeat_interleave(rows // len(x), 0)
-        task = torch.tensor(self.rung * len(self.worlds), device=self.device)[:, None]
+        asked = torch.tensor(self.rung, device=self.device)
         self.dream.commit(z[:1], {k: x[:1] for k, x in actions.items()}, labelled[:1])
         if self.policies:
             h = self.reader.commit(many(z), {k: many(x) for k, x in actions.items()},
-                                   many(labelled), task.expand(-1, z.shape[1]))
+                                   many(labelled), self.run.agent.prompt(asked).repeat(
+                                       len(self.worlds))[:, None].expand(-1, z.shape[1]))
             self.h = h[:, -1].view(len(self.worlds), self.n, -1)
-            self.rewards = self.run.agent.rewards(self.h).cpu().numpy()     # (worlds, n)
+            self.rewards = self.run.agent.rewards(self.h, asked).cpu().numpy()  # (worlds, n)
         return self.run.tokenizer.decode(z[:1], self.decoder)[0].cpu().numpy()
 
     def held(self, request):
@@ -1879,6 +1932,11 @@ def evaluate(words):
     if run.agent and not args.world_only:
         add_results(folder, command, evaluate_heads(run, dataset, args.dtype))
         picture_imagined(run, dataset, folder / "imagined.png", dtype=args.dtype)
+        if "seed" in dataset.settings and copy_env(make_env(settings["env"])):
+            runs = {name: load_run(folder, stage, device, args.dtype)
+                    for name, stage in (("bc", "agent"), ("rl", "imagine"))
+                    if (folder / f"{stage}.pt").exists()}
+            add_results(folder, command, evaluate_imagination(runs, dataset, args.dtype))
         agents = [a for a in args.agents.split(",") if (a != "rl" or run.stage == "imagine")
                   and (a != "player" or hasattr(make_env(settings["env"]), "player"))]
         add_results(folder, command, evaluate_agents(folder, agents, args.episodes, args.length,

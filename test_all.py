@@ -969,7 +969,7 @@ def test_ablation_flags_train_and_dream(changes):
 # ------------------------------------------------------------------------------------ agent.py
 
 def tiny_agent(spec=ActionSpec(categorical=(5,)), **changes):
-    return randomize(Agent(AgentConfig(**dict(hidden=16, mtp=2, bins=31) | changes), 16, spec))
+    return randomize(Agent(AgentConfig(**dict(hidden=16, mtp=2, bins=31) | changes), 16, spec, 3))
 
 
 def test_eq9_targets():
@@ -999,7 +999,7 @@ def test_eq9_random_actions_cannot_be_cloned():
     """Fails if a label leaks into h (a_t as its own target): i.i.d. actions have entropy ln 5."""
     torch.manual_seed(0)
     spec = ActionSpec(categorical=(5,))
-    model, agent = tiny_dynamics(), Agent(AgentConfig(hidden=32, mtp=1, bins=31), 16, spec)
+    model, agent = tiny_dynamics(), Agent(AgentConfig(hidden=32, mtp=1, bins=31), 16, spec, 3)
     parameters = [*model.parameters(), *agent.parameters()]
     optimizer = torch.optim.Adam([p for p in parameters if p.requires_grad], 1e-2)
     nlls, copies = [], []
@@ -1007,7 +1007,7 @@ def test_eq9_random_actions_cannot_be_cloned():
         z, actions, labelled = play_inputs(32, 6, seed=step)
         task = torch.zeros(32, 6, dtype=torch.long)
         _, h = model(z, *levels(32, 6, 0.875), actions, labelled, task)
-        losses, metrics = agent_losses(agent, h, actions, labelled, torch.zeros(32, 6),
+        losses, metrics = agent_losses(agent, h, actions, labelled, task, torch.zeros(32, 6, 3),
                                        torch.ones(32, 6), torch.ones(32, dtype=torch.bool))
         # control: a_t itself can be read from h_t, by the head at distance 1
         copy = -action_log_prob(spec, agent.policy(h)[:, :, 1], actions).mean()
@@ -1021,31 +1021,36 @@ def test_eq9_random_actions_cannot_be_cloned():
 
 
 def test_agent_losses_respect_rows_and_labels():
-    """Fails if BC counts rows that are not relevant or unlabelled actions, or reward and continue
-    losses skip rows."""
+    """Fails if BC counts rows that are not relevant or unlabelled actions, reward and continue
+    losses skip rows, or an event counts for the reward of another task."""
     agent = tiny_agent()
     h = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     _, actions, labelled = play_inputs(3, 5)
     labelled[2, 3] = False
     relevant = torch.tensor([False, True, True])
-    rewards, continues = torch.zeros(3, 5), torch.ones(3, 5)
-    call = lambda a, r, c: agent_losses(agent, h, a, labelled, r, c, relevant)[0]
-    base = call(actions, rewards, continues)
+    events, continues, task = torch.zeros(3, 5, 3), torch.ones(3, 5), torch.ones(3, 5).long()
+    call = lambda a, e, c: agent_losses(agent, h, a, labelled, task, e, c, relevant)[0]
+    base = call(actions, events, continues)
 
     def with_action(row, t):
         other = {k: x.clone() for k, x in actions.items()}
         other["categorical"][row, t] = (other["categorical"][row, t] + 1) % 5
-        return float(call(other, rewards, continues)["bc"] - base["bc"])
+        return float(call(other, events, continues)["bc"] - base["bc"])
 
     assert with_action(0, 2) == 0 and with_action(2, 3) == 0 and with_action(1, 0) == 0
     assert with_action(1, 2) != 0 and with_action(2, 2) != 0
     for row in range(3):
-        changed = rewards.clone()
-        changed[row, 2] = 1
-        assert call(actions, changed, continues)["reward"] != base["reward"]
+        for k in range(3):
+            changed = events.clone()
+            changed[row, 2, k] = 1
+            losses = call(actions, changed, continues)
+            assert (losses["reward"] != base["reward"]) == (k == 1)
+            logits = agent.reward(h + agent.question.weight[k])[row, 2, 0].log_softmax(-1)
+            gain = two_hot(torch.tensor(0.0), agent.bins) - two_hot(torch.tensor(1.0), agent.bins)
+            assert torch.allclose(losses["events"] - base["events"], gain @ logits / 45, atol=1e-5)
         changed = continues.clone()
         changed[row, 4] = 0
-        assert call(actions, rewards, changed)["continue"] != base["continue"]
+        assert call(actions, events, changed)["continue"] != base["continue"]
 
 
 def test_two_hot_round_trip():
@@ -1174,20 +1179,45 @@ def test_eq11_gradient_signs_and_weights():
 def test_imagination_returns_align_with_actions():
     """Fails if the advantage scores the action before or after: reward comes exactly when action 3
     leads to a frame, so only action 3 may be scored up."""
-    agent = tiny_agent(gamma=0.0)
+    agent = tiny_agent(gamma=0.0, once=False, terminal_weight=1.0)
+    agent.continue_prob = lambda h: torch.ones(h.shape[:-1])
     h = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     chosen = {"categorical": torch.randint(5, (64, 5, 1), generator=generator),
               "binary": torch.zeros(64, 5, 0)}
     rewards = torch.zeros(64, 6)
     rewards[:, 1:] = (chosen["categorical"][..., 0] == 3).float()
-    agent.rewards, agent.values = (lambda _: rewards), (lambda _: torch.full((64, 6), 0.5))
+    agent.rewards, agent.values = (lambda *_: rewards), (lambda _: torch.full((64, 6), 0.5))
     logits = torch.zeros(64, 5, 1, 5, requires_grad=True)
-    agent.policy.forward = lambda _: logits
-    losses, metrics = imagination_losses(agent, h, chosen)
+    agent.policy.forward = lambda *_: logits
+    losses, metrics = imagination_losses(agent, h, chosen, torch.zeros(64, dtype=torch.long))
     losses["policy"].backward()
     taken = logits.grad[:, :, 0].gather(-1, chosen["categorical"])[..., 0]
     assert (taken[rewards[:, 1:] == 1] < 0).all() and (taken[rewards[:, 1:] == 0] > 0).all()
+
+
+def test_a_prompt_is_over_with_its_event():
+    """Fails if a return goes on behind the event of its task, or the frames behind it teach: the
+    event comes on reaching frame 2 of 5, and again at 4; deaths end a rollout in the same way."""
+    agent = tiny_agent(gamma=1.0, lam=1.0)
+    h = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    chosen = {"categorical": torch.zeros(2, 5, 1, dtype=torch.long),
+              "binary": torch.zeros(2, 5, 0)}
+    rewards, alive = torch.zeros(2, 6), torch.ones(2, 6)
+    rewards[0, [2, 4]], alive[1, 3] = 1, 0
+    agent.rewards, agent.values = (lambda *_: rewards), (lambda _: torch.full((2, 6), 0.25))
+    agent.continue_prob = lambda _: alive
+    logits = torch.zeros(2, 5, 1, 5, requires_grad=True)
+    agent.policy.forward, targets = (lambda *_: logits), []
+    agent.value.forward = lambda h: torch.zeros(*h.shape[:2], 1, 31, requires_grad=True)
+    imagination_losses(agent, h, chosen, torch.zeros(2).long())[0]["policy"].backward()
+    taken = logits.grad[:, :, 0, 0]
+    assert (taken[0, :2] < 0).all() and (taken[1, :3] > 0).all()        # R = 1 and 0 against 1/4
+    assert not taken[0, 2:].any() and not taken[1, 3:].any()
+    agent.cfg.once = False
+    logits.grad = None
+    imagination_losses(agent, h, chosen, torch.zeros(2).long())[0]["policy"].backward()
+    assert (logits.grad[0, :, 0, 0] != 0).all()
 
 
 def test_imagination_step_changes_policy_and_value_alone():
@@ -1201,7 +1231,8 @@ def test_imagination_step_changes_policy_and_value_alone():
                                         torch.Generator().manual_seed(0))
     assert h.shape == (4, 6, 16) and frames.shape == (4, 5, 2, 6)
     assert chosen["categorical"].shape == (4, 5, 1) and not h.requires_grad
-    losses, metrics = imagination_losses(agent, h, chosen)
+    task = torch.zeros(4, dtype=torch.long)
+    losses, metrics = imagination_losses(agent, h, chosen, task)
     pi, prior = (head(h[:, :-1])[:, :, 0].detach() for head in (agent.policy, agent.prior))
     kls = [float(action_kl(agent.spec, *pair).mean()) for pair in ((pi, prior), (prior, pi))]
     assert abs(float(metrics["kl_prior"]) - kls[0]) < 1e-5 < abs(kls[0] - kls[1]) / 100
@@ -1211,7 +1242,7 @@ def test_imagination_step_changes_policy_and_value_alone():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     agent.freeze_prior()
-    losses, metrics = imagination_losses(agent, h, chosen)
+    losses, metrics = imagination_losses(agent, h, chosen, task)
     assert abs(float(metrics["kl_prior"])) < 1e-6
 
 
@@ -1281,14 +1312,15 @@ def test_continue_probability_is_calibrated():
     ends 1 time in 10, the head must answer 0.9."""
     torch.manual_seed(0)
     agent = Agent(AgentConfig(hidden=8, mtp=0, bins=5, terminal_weight=20.0), 16,
-                  ActionSpec(categorical=(2,)))
+                  ActionSpec(categorical=(2,)), 0)
     continues = torch.ones(10, 10)
     continues[:, 0] = 0
     h, optimizer = torch.ones(10, 10, 16), torch.optim.Adam(agent.continues.parameters(), 1e-2)
     _, actions, labelled = play_inputs(10, 10, ActionSpec(categorical=(2,)))
     for _ in range(300):
         optimizer.zero_grad()
-        agent_losses(agent, h, actions, labelled, torch.zeros(10, 10), continues,
+        agent_losses(agent, h, actions, labelled, torch.zeros(10, 10, dtype=torch.long),
+                     torch.zeros(10, 10, 0), continues,
                      torch.ones(10, dtype=torch.bool))[0]["continue"].backward()
         optimizer.step()
     assert abs(float(agent.continue_prob(h)[0, 0].detach()) - 0.9) < 0.01
@@ -1377,7 +1409,7 @@ def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
         return h
 
     monkeypatch.setattr(Dream, "commit", commit)
-    run.agent.rewards = lambda h: h[..., 0] + h[..., 1]
+    run.agent.rewards = lambda h, task: torch.where(task == 0, h[..., 0], h[..., 1])
     run.agent.continue_prob = lambda h: torch.full(h.shape[:2], 0.25)
     dataset = data.record(KEYS, tmp_path / "set", 5, 30, 0, workers=1)
     got = play.evaluate_heads(run, dataset, "fp32", chunk=7)
@@ -1387,10 +1419,36 @@ def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
     both = true.all(1).sum()
     assert got["reward_precision_both_keys"][0] == both / true[:, 0].sum()
     assert got["reward_recall_both_keys"][0] == both / true[:, 1].sum()
-    run.agent.rewards = lambda h: h[..., 0]                         # the prompt is that task's
+    run.agent.rewards = lambda h, task: h[..., 0]                   # the prompt is that task's
     alone = play.evaluate_heads(run, dataset, "fp32")
     assert alone["reward_recall_four"][0] == 1 and alone["reward_recall_both_keys"][0] == 0
     assert got["continue_at_terminals"][0] == 0.25 and got["continue_at_terminals"][3] == ends > 0
+
+
+def test_imagined_successes_are_checked_in_the_simulator(monkeypatch, tmp_path):
+    """Fails if the simulator takes other actions than the dream, from another frame or world, or
+    counts another task. A stub policy plays 4, the event of the first prompt, from the third
+    step on; a stub head says so in the dream alone; worlds divisible by 3 end at 12."""
+    run, real = key_run(), Dream.commit
+    run.agent.cfg = replace(run.agent.cfg, context=3, horizon=5)
+
+    def commit(self, z, actions, labelled, task):
+        h = real(self, z, actions, labelled, task)
+        return torch.where((actions["categorical"] == 4) & (h.shape[1] == 1), 1.0, h.clamp(max=0.4))
+
+    count = iter(range(1000))
+    monkeypatch.setattr(Dream, "commit", commit)
+    run.agent.act = lambda h, generator: {
+        "binary": torch.zeros(len(h), 2, dtype=torch.long),
+        "categorical": torch.full((len(h), 1), 4 if next(count) % 5 > 1 else 3)}
+    run.agent.rewards = lambda h, task: h[..., 0] * (task == 0)
+    dataset = data.record(KEYS, tmp_path / "set", 6, 13, 0, workers=1)
+    got = play.evaluate_imagination({"rl": run}, dataset, "fp32", per_episode=2)
+    prompts = play.ladder_prompts(dataset)
+    first = np.array([prompts[dataset.offsets[i] + t] == 0 for i in range(6) for t in (2, 7)])
+    assert 0 < first.sum() < 12 and got["imagination_rl_imagined"][0] == first.mean()
+    assert got["imagination_rl_true"][0] == first.mean() and got["imagination_rl_seen"][0] == 0
+    assert got["imagination_rl_precision"][0] == 1.0
 
 
 def test_psnr_is_of_the_mean_error():
@@ -1616,7 +1674,9 @@ def test_branches_of_a_world_leave_it_as_it_is():
     env = PaintEnv()
     env.reset(3)
     truth = [env.step({k: x[t] for k, x in recorded.items()})[0] for t in range(1, 10)]
+    events, films = [events for _, events in films], [film for film, _ in films]
     assert np.array_equal(films[0], truth[3:])
+    assert (events[1][:7, 0] == (other["categorical"][:7, 0] == 4)).all() and not events[1][7:].any()
     assert (films[1][:, 0, 1, 0] == other["categorical"][:, 0])[:7].all()
     assert films[1][:, 0, 1, 2].tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12]   # seed 3 ends at 12
     assert films[2][:, 0, 1, 2].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
@@ -3234,7 +3294,7 @@ def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
     """Fails if a relevant start has its event behind it or out of reach, or the other rows are told
     another task than the ladder would ask for at their end."""
     dataset, C, H = data.record(KEYS, tmp_path / "set", 8, 36, 0, workers=1), 4, 6
-    prompts = train.ladder_prompts(dataset)
+    prompts = play.ladder_prompts(dataset)
     for i in range(8):
         fours = np.cumsum(dataset.episode(i)["events"][:, 0])
         here = prompts[dataset.offsets[i]:][:dataset.lengths[i]]

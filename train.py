@@ -250,7 +250,7 @@ class Job:
 
     @functools.cached_property
     def prompts(self):
-        return ladder_prompts(self.dataset)
+        return play.ladder_prompts(self.dataset)
 
     def to_device(self, array):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -749,22 +749,11 @@ def known_actions(job):
     return known
 
 
-def ladder_prompts(data):
-    """(frames,): the task that the prompt ladder would ask for after each recorded frame."""
-    prompts = []
-    for i in data.episodes("all"):
-        ladder = play.Ladder(data.spec, 1)
-        for events in np.asarray(data.episode(i)["events"]):
-            ladder.advance(events[None])
-            prompts.append(ladder.task[0])
-    return np.array(prompts)
-
-
 def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False,
                  split="train"):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
     as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues,
-    rewards, task (B, T). ladder: tasks of its prompts alone, and uniform rows have that which it
+    task (B, T), events (B, T, tasks). ladder: tasks of its prompts alone, and uniform rows have that which it
     would ask for at their end."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
@@ -777,11 +766,8 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
-    rewards = (read["events"][np.arange(len(task)), :, task] if spec.tasks
-               else np.zeros(index.shape))
-    batch = {"z": latents[index].astype(np.float32), "rewards": rewards.astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1)
-             if job.configs["agent"]["prompts"] else np.full(index.shape, len(spec.tasks)),
+    batch = {"z": latents[index].astype(np.float32), "events": read["events"].astype(np.float32),
+             "task": np.repeat(task[:, None], length, 1),
              "labelled": read["labelled"] & job.known[index],
              "continues": read["continues"].astype(np.float32)}
     return ({k: job.to_device(x) for k, x in batch.items()},
@@ -832,9 +818,10 @@ def imitation_check(job, latents, dynamics, agent, n=32, length=16):
                                   split="valid")
     generator = torch.Generator(job.device).manual_seed(0)
     with autocast(job.device, job.args.dtype):
-        h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"], batch["task"])
-        metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
-                               batch["continues"], batch["labelled"].any(1))[1]
+        h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"],
+                                              agent.prompt(batch["task"]))
+        metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
+                               batch["events"], batch["continues"], batch["labelled"].any(1))[1]
     return {"bc_next_action_valid": metrics["bc_next_action"]}
 
 
@@ -877,8 +864,8 @@ def train_agent(job):
     made_of = weights_of(run)
     if not job.configs["agent"]["pretrained"]:
         dynamics = Dynamics(dynamics.cfg, run.spec.actions).to(job.device)
-    agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim,
-                  run.spec.actions).to(job.device)
+    agent = Agent(AgentConfig(**job.configs["agent"]), dynamics.cfg.dim, run.spec.actions,
+                  len(run.spec.tasks)).to(job.device)
     if job.train.compile:
         compile_module(dynamics, job.device)
     split_rows(dynamics)
@@ -892,18 +879,19 @@ def train_agent(job):
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
-            round(dynamics.cfg.p_boot * uniform), generator, uniform, batch["task"], single,
-            relevant + uniform // 4 if agent.cfg.bc_level == "context" else 0)
+            round(dynamics.cfg.p_boot * uniform), generator, uniform, agent.prompt(batch["task"]),
+            single, relevant + uniform // 4 if agent.cfg.bc_level == "context" else 0)
         is_relevant = torch.arange(rows, device=job.device) >= uniform
-        more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["rewards"],
-                                          batch["continues"], is_relevant)
+        more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
+                                          batch["events"], batch["continues"], is_relevant)
         if not agent.cfg.pretrained:
             del losses["dynamics"]
         if (step + 1) % cfg.check_every == 0:
             more_metrics |= imitation_check(job, latents, dynamics, agent)
         return losses | more, metrics | more_metrics
 
-    fit(job, "agent", [dynamics, agent], loss_fn, ["dynamics", "bc", "reward", "continue"],
+    fit(job, "agent", [dynamics, agent], loss_fn,
+        ["dynamics", "bc", "reward", "continue"] + ["events"] * bool(run.spec.tasks),
         make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2),
         {"bc": agent.cfg.bc_weight}, made_of)
     agent.freeze_prior()
@@ -930,8 +918,8 @@ def train_imagine(job):
                                       context, (context, context + horizon - 1),
                                       agent.cfg.practice == "ladder")
         h, chosen, _ = imagine_rollout(world, agent, batch["z"], actions, batch["labelled"],
-                                       batch["task"], horizon, generator)
-        losses, metrics = imagination_losses(agent, h, chosen)
+                                       agent.prompt(batch["task"]), horizon, generator)
+        losses, metrics = imagination_losses(agent, h, chosen, batch["task"][:, -1])
         if step < cfg.value_first:      # a value of 0 would call every action good
             del losses["policy"]
         return losses, metrics
@@ -973,7 +961,8 @@ def sizes(configs):
         dynamics = Dynamics(DynamicsConfig(**{
             **configs["dynamics"], "tokens": tok.latents // tok.pack, "tasks": len(spec.tasks),
             "channels": tok.channels * tok.pack}), spec.actions)
-        agent = Agent(AgentConfig(**configs["agent"]), dynamics.cfg.dim, spec.actions)
+        agent = Agent(AgentConfig(**configs["agent"]), dynamics.cfg.dim, spec.actions,
+                      len(spec.tasks))
     S, cfg = tokenizer.patches + tok.latents, dynamics.cfg
     S_dyn = cfg.action_tokens + 1 + cfg.tokens + cfg.registers + 1
     parts = [transformer_costs(x, S, min(tok.context, train["tokenizer_length"]))
