@@ -69,12 +69,11 @@ def symexp_bins(n):
 
 
 def two_hot(x, bins):
-    """x (...) -> (..., n) weights on the two neighbouring bins whose mean is x, clamped ends."""
+    """x (...) -> the two bins (..., 2) beside it, and their weights, whose mean is x (clamped)."""
     x = x.clamp(bins[0], bins[-1])
     high = torch.searchsorted(bins, x.contiguous()).clamp(1, len(bins) - 1)
     share = (x - bins[high - 1]) / (bins[high] - bins[high - 1])
-    return (F.one_hot(high - 1, len(bins)) * (1 - share)[..., None]
-            + F.one_hot(high, len(bins)) * share[..., None])
+    return torch.stack([high - 1, high], -1), torch.stack([1 - share, share], -1)
 
 
 def two_hot_mean(logits, bins):
@@ -84,7 +83,8 @@ def two_hot_mean(logits, bins):
 
 def two_hot_log_prob(logits, x, bins):
     """ln p(x) under a two-hot head: minus the cross-entropy with two_hot(x)."""
-    return (logits.log_softmax(-1) * two_hot(x, bins)).sum(-1)
+    index, weight = two_hot(x, bins)
+    return (logits.log_softmax(-1).gather(-1, index) * weight).sum(-1)
 
 
 def split_logits(spec, logits):

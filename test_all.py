@@ -1020,6 +1020,12 @@ def test_eq9_random_actions_cannot_be_cloned():
     assert np.mean(copies[-30:]) < 1.0
 
 
+def spread_out(x, bins):
+    """The two-hot weights of x as a row over all bins."""
+    index, weight = two_hot(torch.as_tensor(x), bins)
+    return torch.zeros(*index.shape[:-1], len(bins)).scatter(-1, index, weight)
+
+
 def test_agent_losses_respect_rows_and_labels():
     """Fails if BC counts rows that are not relevant or unlabelled actions, reward and continue
     losses skip rows, or an event counts for the reward of another task."""
@@ -1046,7 +1052,7 @@ def test_agent_losses_respect_rows_and_labels():
             losses = call(actions, changed, continues)
             assert (losses["reward"] != base["reward"]) == (k == 1)
             logits = agent.reward(h + agent.question.weight[k])[row, 2, 0].log_softmax(-1)
-            gain = two_hot(torch.tensor(0.0), agent.bins) - two_hot(torch.tensor(1.0), agent.bins)
+            gain = spread_out(0.0, agent.bins) - spread_out(1.0, agent.bins)
             assert torch.allclose(losses["events"] - base["events"], gain @ logits / 45, atol=1e-5)
         changed = continues.clone()
         changed[row, 4] = 0
@@ -1057,17 +1063,20 @@ def test_two_hot_round_trip():
     """Fails if the bins are reversed, the weights swapped, or the ends wrap around."""
     bins = symexp_bins(255)
     x = torch.tensor([-1e9, -30.0, -1.0, -0.3, 0.0, 1e-3, 0.5, 1.0, 7.7, 1e9])
-    weights = two_hot(x, bins)
+    weights = spread_out(x, bins)
     assert torch.allclose(weights.sum(-1), torch.ones(10)) and (weights >= 0).all()
     assert ((weights > 0).sum(-1) <= 2).all()
     assert torch.allclose((weights * bins).sum(-1)[1:-1], x[1:-1], rtol=1e-4, atol=1e-5)
     assert weights[0, 0] == 1 and weights[-1, -1] == 1
     used = weights[6].nonzero().flatten()
     assert used.tolist() == [int((bins <= 0.5).sum()) - 1, int((bins <= 0.5).sum())]
-    logits = torch.log(two_hot(torch.tensor([0.37]), bins).clamp_min(1e-30))
+    logits = torch.log(spread_out([0.37], bins).clamp_min(1e-30))
     assert abs(float(two_hot_mean(logits, bins)) - 0.37) < 1e-4
     best = two_hot_log_prob(logits, torch.tensor([0.37]), bins)
     assert best > two_hot_log_prob(logits, torch.tensor([1.5]), bins)
+    logits = torch.randn(10, 255, generator=torch.Generator().manual_seed(0))
+    want = (logits.log_softmax(-1) * weights).sum(-1)
+    assert torch.allclose(two_hot_log_prob(logits, x, bins), want, atol=1e-5)
 
 
 def test_action_distributions_against_closed_forms():
