@@ -30,7 +30,7 @@ class AgentConfig:
     mtp: int = 8                # L = 8: heads predict distances 0 .. L
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done, to be cloned
-    career: float = 0.5         # 0: of them, windows from anywhere under the ladder's prompt
+    besides: float = 0.25       # 0: of them, what was done besides the ladder, under its prompts
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
     prompts: bool = True        # False: the policy isn't told its task ("notask")
@@ -50,7 +50,7 @@ class AgentConfig:
 
     def __post_init__(self):
         check_config("agent", self, zero=("mtp",))
-        for name in ("relevant", "career", "gamma", "lam", "pmpo_alpha"):
+        for name in ("relevant", "besides", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
         if self.relevant == 1:
@@ -219,15 +219,15 @@ def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
 
 
 def agent_losses(agent, h, actions, labelled, task, events, continues, relevant):
-    """BC loss on frames with relevant (B, T) True; reward and continue losses on all frames, the
-    reward of the prompt at all distances ("reward"), that of every task at distance 0 ("events").
+    """BC loss on rows with relevant (B,) True; reward and continue losses on all rows, the reward
+    of the prompt at all distances ("reward") and that of every task at distance 0 ("events").
 
     h (B, T, D), labelled, task, continues (B, T), events (B, T, tasks). -> losses and metrics.
     """
     cfg, L = agent.cfg, agent.cfg.mtp
     ahead = {name: targets_ahead(x, 1, L) for name, x in actions.items()}
     valid = next(iter(ahead.values()))[1]
-    valid = valid & targets_ahead(labelled, 1, L)[0] & relevant[:, :, None]
+    valid = valid & targets_ahead(labelled, 1, L)[0] & relevant[:, None, None]
     policy = action_log_prob(agent.spec, agent.policy(h), {k: x for k, (x, _) in ahead.items()})
     rewards = F.pad(events, (0, 1)).gather(-1, task[..., None])[..., 0]
     reward, reward_valid = targets_ahead(rewards, 0, L)

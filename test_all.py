@@ -1008,7 +1008,7 @@ def test_eq9_random_actions_cannot_be_cloned():
         task = torch.zeros(32, 6, dtype=torch.long)
         _, h = model(z, *levels(32, 6, 0.875), actions, labelled, task)
         losses, metrics = agent_losses(agent, h, actions, labelled, task, torch.zeros(32, 6, 3),
-                                       torch.ones(32, 6), torch.ones(32, 6, dtype=torch.bool))
+                                       torch.ones(32, 6), torch.ones(32, dtype=torch.bool))
         # control: a_t itself can be read from h_t, by the head at distance 1
         copy = -action_log_prob(spec, agent.policy(h)[:, :, 1], actions).mean()
         optimizer.zero_grad()
@@ -1033,8 +1033,7 @@ def test_agent_losses_respect_rows_and_labels():
     h = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     _, actions, labelled = play_inputs(3, 5)
     labelled[2, 3] = False
-    relevant = torch.tensor([False, True, True])[:, None].expand(3, 5).clone()
-    relevant[1, 3] = False
+    relevant = torch.tensor([False, True, True])
     events, continues, task = torch.zeros(3, 5, 3), torch.ones(3, 5), torch.ones(3, 5).long()
     call = lambda a, e, c: agent_losses(agent, h, a, labelled, task, e, c, relevant)[0]
     base = call(actions, events, continues)
@@ -1045,12 +1044,6 @@ def test_agent_losses_respect_rows_and_labels():
         return float(call(other, events, continues)["bc"] - base["bc"])
 
     assert with_action(0, 2) == 0 and with_action(2, 3) == 0 and with_action(1, 0) == 0
-    assert agent.cfg.mtp == 2 and with_action(2, 4) != 0
-    relevant[:, :3] = False                             # frame 3 alone predicts action 4
-    base = call(actions, events, continues)
-    assert with_action(1, 4) == 0 and with_action(2, 2) == 0 and with_action(2, 4) != 0
-    relevant[1:, :3] = True
-    base = call(actions, events, continues)
     assert with_action(1, 2) != 0 and with_action(2, 2) != 0
     for row in range(3):
         for k in range(3):
@@ -1337,7 +1330,7 @@ def test_continue_probability_is_calibrated():
         optimizer.zero_grad()
         agent_losses(agent, h, actions, labelled, torch.zeros(10, 10, dtype=torch.long),
                      torch.zeros(10, 10, 0), continues,
-                     torch.ones(10, 10, dtype=torch.bool))[0]["continue"].backward()
+                     torch.ones(10, dtype=torch.bool))[0]["continue"].backward()
         optimizer.step()
     assert abs(float(agent.continue_prob(h)[0, 0].detach()) - 0.9) < 0.01
 
@@ -3328,23 +3321,20 @@ def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
     assert not all(events[a + 1:a + 1 + H, 0].any() for a in last[:2000])             # control
 
 
-def test_a_career_is_cloned_under_the_prompts_of_the_ladder(tmp_path):
-    """Fails if a window from anywhere is cloned where another prompt than its own holds, under the
-    prompt of one of its ends only, or uniform rows are cloned."""
+def test_what_is_done_besides_the_ladder_is_cloned_under_its_prompts(monkeypatch, tmp_path):
+    """Fails if such a row shows no task besides the ladder's, is told another than the ladder's, or
+    stands before the others."""
+    monkeypatch.setattr(KeyEnv, "__init__", lambda self: (PaintEnv.__init__(self), setattr(
+        self, "spec", replace(self.spec, actions=ActionSpec(2, (5,)), ladder=(("four", 1),))))[0])
     dataset = data.record(KEYS, tmp_path / "set", 8, 36, 0, workers=1)
-    prompts = play.ladder_prompts(dataset)
-    job = train.Job(None, None, train.DataConfig(), None, {"agent": {"career": 0.5}},
+    job = train.Job(None, None, train.DataConfig(), None, {"agent": {"besides": 0.25}},
                     torch.device("cpu"), dataset)
-    assert train.career_rows(job, 9) == 4
+    assert train.besides(job, 9) == 2
     number = np.arange(dataset.frames_total, dtype=np.float32)[:, None, None]
-    batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 20, 30, 8, career=400)
-    here = prompts[batch["z"][:, :, 0, 0].long().numpy()]
-    relevant, task = batch["relevant"].numpy(), batch["task"].numpy()
-    assert not relevant[:20].any() and relevant[420:].all()
-    assert (relevant[20:420] == (here == task)[20:420]).all() and relevant[20:420].any(1).all()
-    mixed = here[20:420, 0] != here[20:420, -1]
-    first = relevant[20:420][mixed][:, 0]
-    assert 0.2 < first.mean() < 0.8 and (relevant[20:420][mixed][:, -1] != first).all()
+    batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 20, 30, 4, aside=200)
+    events, task = batch["events"].numpy(), batch["task"].numpy()
+    assert events[50:, 1:, 1].any(1).all() and (task[50:] == 0).all()
+    assert not events[:20, 1:, 1].any(1).all() and set(task[20:50, 0]) == {0, 1}
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
-HEADS = ("hidden", "mtp", "career", "bins", "terminal_weight", "bc_weight", "prompts",
+HEADS = ("hidden", "mtp", "besides", "bins", "terminal_weight", "bc_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
@@ -736,9 +736,11 @@ def make_latents(job, tokenizer):
     return np.load(path, mmap_mode="r")
 
 
-def career_rows(job, relevant):
-    """How many of `relevant` rows the ladder gives their prompt; none where there is no ladder."""
-    return round(job.configs["agent"]["career"] * relevant) if job.dataset.spec.ladder else 0
+def besides(job, relevant):
+    """How many of `relevant` rows show what is done besides the ladder; 0 where nothing is."""
+    data = job.dataset
+    off = set(data.events[:, 2].tolist()) - {data.spec.tasks.index(t) for t, _ in data.spec.ladder}
+    return round(job.configs["agent"]["besides"] * relevant) if off and data.spec.ladder else 0
 
 
 def known_actions(job):
@@ -754,30 +756,30 @@ def known_actions(job):
     return known
 
 
-def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False, career=0,
+def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False, aside=0,
                  split="train"):
-    """`uniform` rows from anywhere, `career` ones too, under the prompt that the ladder would give
-    at one of their frames, then `relevant` ones that show their task being done, `ahead` as in
-    Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, task (B, T),
-    relevant (B, T): frames to be cloned, where that prompt holds, events (B, T, tasks).
-    ladder: tasks of its prompts alone, and uniform rows have that of their last frame."""
+    """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
+    as in Dataset.sample, `aside` ones that show a task besides the ladder's but are told one of
+    those -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, task (B, T), events
+    (B, T, tasks). ladder: tasks of its prompts alone, and uniform rows have that which it would
+    ask for at their end."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
     parts = [job.dataset.sample(rng, n, length, r, split, ahead, tasks)
-             for n, r in ((uniform + career, False), (relevant, True)) if n]
+             for n, r in ((uniform, False), (relevant, True)) if n]
+    if aside:       # eating, drinking, fighting: no prompt asks for them, each must allow them
+        asked = [spec.tasks.index(task) for task, _ in spec.ladder]
+        others = [task for task in range(len(spec.tasks)) if task not in asked]
+        episode, start, _ = job.dataset.sample(rng, aside, length, True, split, None, others, True)
+        parts.append((episode, start, rng.choice(asked, aside)))
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
     if tasks:
         task[:uniform] = job.prompts[index[:uniform, -1]]
-    cloned = np.repeat(np.arange(len(task))[:, None] >= uniform, length, 1)
-    if career:
-        own = slice(uniform, uniform + career)
-        task[own] = job.prompts[index[own, 0] + rng.integers(length, size=career)]
-        cloned[own] = job.prompts[index[own]] == task[own, None]
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
     batch = {"z": latents[index].astype(np.float32), "events": read["events"].astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1), "relevant": cloned,
+             "task": np.repeat(task[:, None], length, 1),
              "labelled": read["labelled"] & job.known[index],
              "continues": read["continues"].astype(np.float32)}
     return ({k: job.to_device(x) for k, x in batch.items()},
@@ -824,15 +826,14 @@ def imitation_check(job, latents, dynamics, agent, n=32, length=16):
     few = data.episodes("valid")[data.lengths[data.episodes("valid")] >= length]
     if not np.isin(data.events[:, 0], few).any():
         return {}
-    career = career_rows(job, n)
-    batch, actions = latent_batch(job, latents, rng_for(job.args.seed, "check", 0), 0, n - career,
-                                  length, career=career, split="valid")
+    batch, actions = latent_batch(job, latents, rng_for(job.args.seed, "check", 0), 0, n, length,
+                                  split="valid")
     generator = torch.Generator(job.device).manual_seed(0)
     with autocast(job.device, job.args.dtype):
         h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"],
                                               agent.prompt(batch["task"]))
         metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
-                               batch["events"], batch["continues"], batch["relevant"])[1]
+                               batch["events"], batch["continues"], batch["labelled"].any(1))[1]
     return {"bc_next_action_valid": metrics["bc_next_action"]}
 
 
@@ -885,16 +886,17 @@ def train_agent(job):
     def loss_fn(rng, generator, step):
         rows, length = window(cfg, step, cfg.agent_steps)
         relevant = round(agent.cfg.relevant * rows)
-        uniform, career = rows - relevant, career_rows(job, relevant)
-        batch, actions = latent_batch(job, latents, rng, uniform, relevant - career, length,
-                                      career=career)
+        uniform, aside = rows - relevant, besides(job, relevant)
+        batch, actions = latent_batch(job, latents, rng, uniform, relevant - aside, length,
+                                      aside=aside)
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
             round(dynamics.cfg.p_boot * uniform), generator, uniform, agent.prompt(batch["task"]),
             single, relevant + uniform // 4 if agent.cfg.bc_level == "context" else 0)
+        is_relevant = torch.arange(rows, device=job.device) >= uniform
         more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
-                                          batch["events"], batch["continues"], batch["relevant"])
+                                          batch["events"], batch["continues"], is_relevant)
         if not agent.cfg.pretrained:
             del losses["dynamics"]
         if (step + 1) % cfg.check_every == 0:
