@@ -1022,13 +1022,14 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
                    temperature=1.0):
     """Plays one sampled episode in each world; run None: uniform random actions.
 
-    Returns first (N, tasks): the step at which each task was first done, inf where never. gif: a
-    path for the first world's frames.
+    Returns first (N, tasks + 1): the step at which each task was first done and, last, that of
+    death, inf where never. gif: a path for the first world's frames.
     """
     rng, device = np.random.default_rng(seed), pick_device("cpu")
     with VecEnv(env, seeds, workers) as worlds:
         frames, spec, N = worlds.reset(), worlds.spec, len(seeds)
-        ladder, first, film = Ladder(spec, N), np.full((N, len(spec.tasks)), np.inf), [frames[0]]
+        ladder, film = Ladder(spec, N), [frames[0]]
+        first = np.full((N, len(spec.tasks) + 1), np.inf)
         if run:
             device = run.device
             actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed), temperature)
@@ -1038,7 +1039,8 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
             for step in tqdm(range(1, length + 1), desc=f"{len(seeds)} episodes", leave=False):
                 actions = actor.act() if run else spec.actions.sample(rng, N)
                 frames, events, terminal = worlds.step(actions)
-                first = np.where((events > 0) & np.isinf(first), step, first)
+                now = np.concatenate([events > 0, terminal[:, None]], 1)
+                first = np.where(now & np.isinf(first), step, first)
                 changed = ladder.advance(events)
                 film += [frames[0]] if len(film) < FILM else []
                 if terminal.all():
@@ -1051,15 +1053,16 @@ def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0
 
 
 def evaluate_player(env, episodes, length, seed, workers=0):
-    """The recorded player on the same worlds, for `length` steps -> first (N, tasks)."""
+    """The recorded player on the same worlds, for `length` steps -> first (N, tasks + 1)."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = record(env, folder, episodes, length + 1, seed, workers)
-        events = [np.asarray(dataset.episode(i)["events"]) > 0 for i in range(episodes)]
+        events = [np.column_stack([e["events"] > 0, e["continues"] == 0])
+                  for e in map(dataset.episode, range(episodes))]
     return np.stack([np.where(e.any(0), e.argmax(0), np.inf) for e in events])
 
 
 def ladder_scores(spec, first):
-    """first (..., tasks) -> (...): how many rungs an episode reached, whatever the prompts."""
+    """first (..., tasks + 1) -> (...): how many rungs an episode reached, whatever the prompts."""
     return np.isfinite(first[..., [spec.tasks.index(r) for r in spec.rungs]]).sum(-1)
 
 
@@ -1126,8 +1129,9 @@ def holm(p):
 
 
 def agent_entries(spec, firsts, length):
-    """{agent: first (runs, N, tasks)}, all in the same worlds -> entries for results.json: ladder
-    score, success and restricted mean time of each rung, and "rl" against every other agent.
+    """{agent: first (runs, N, tasks + 1)}, all in the same worlds -> entries for results.json:
+    ladder score, steps until death (restricted to `length`), success and restricted mean time of
+    each rung, and "rl" against every other agent.
 
     Intervals are over the runs where there are several, else over the worlds (they tell what other
     runs would give on this world model and these worlds). Against "bc" the success of each rung is
@@ -1142,6 +1146,7 @@ def agent_entries(spec, firsts, length):
     for agent, first in firsts.items():
         scores = ladder_scores(spec, first)
         entries[f"ladder_{agent}"] = *over(scores), "rungs"
+        entries[f"life_{agent}"] = *over(np.minimum(first[..., -1], length)), "steps"
         for i, row in enumerate(scores if len(scores) > 1 else ()):
             entries[f"ladder_{agent}_run{i}"] = *mean_interval(row), len(row), "rungs"
         for rung, task in zip(spec.rungs, rungs, strict=True):
@@ -1297,7 +1302,8 @@ def evaluate_imagination(runs, dataset, dtype="auto", per_episode=8):
         C, H, device = run.agent.cfg.context, run.agent.cfg.horizon, run.device
         clips, actions = reference_clips(dataset, per_episode, C + H, device)
         episode, start = clips["where"]
-        task = torch.from_numpy(prompts[dataset.offsets[episode] + start + C - 1]).to(device)[:, None]
+        last = dataset.offsets[episode] + start + C - 1
+        task = torch.from_numpy(prompts[last])[:, None].to(device)
         prompt, labelled = run.agent.prompt(task).expand(-1, C + H), clips["labelled"]
         generator = torch.Generator(device).manual_seed(0)
         with autocast(device, dtype):
@@ -1503,9 +1509,11 @@ def agents_table(results, spec):
     """Markdown: ladder score and success of each rung, agents in rows."""
     short = lambda r: f"{r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
     rows = [[name, str(results[f"ladder_{name}"]["n"]), short(results[f"ladder_{name}"]),
+             f"{results[f'life_{name}']['value']:.0f}",
              *(f"{100 * results[f'success_{name}_{rung}']['value']:.3g}" for rung in spec.rungs)]
             for name in agents_in(results, spec)]
-    head = ["agent", "episodes", "ladder score", *(f"{rung}, %" for rung in spec.rungs)]
+    head = ["agent", "episodes", "ladder score", "steps alive",
+            *(f"{rung}, %" for rung in spec.rungs)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -1924,7 +1932,7 @@ def evaluate(words):
     if args.compare:
         return add_results(folder, command, compare_agents(
             folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers),
-            ("ladder_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
+            ("ladder_", "life_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
     run, dataset = open_run(args, settings, device)
     add_results(folder, command, evaluate_world(run, dataset, args.dtype))
     if run.dynamics:

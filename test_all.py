@@ -1382,10 +1382,12 @@ def test_comparison_of_agents_against_known_values():
     assert play.mcnemar(a, a) == 1.0
     assert np.allclose(play.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     spec, inf = KeyEnv().spec, np.inf
-    bc = np.array([[[3, inf], [inf, inf]], [[5, inf], [7, inf]]])       # 2 runs, 2 worlds, 2 tasks
-    rl = np.array([[[2, inf], [4, 8]], [[1, 9], [3, inf]]])
+    # 2 runs, 2 worlds, 2 tasks and death
+    bc = np.array([[[3, inf, inf], [inf, inf, 8]], [[5, inf, 9], [7, inf, inf]]])
+    rl = np.array([[[2, inf, inf], [4, 8, inf]], [[1, 9, inf], [3, inf, inf]]])
     got = play.agent_entries(spec, {"bc": bc, "rl": rl, "random": bc[:1] * inf}, 10)
     assert got["ladder_bc"][0] == 0.75 and got["ladder_rl"][0] == 1.5
+    assert got["life_bc"][0] == (10 + 8 + 9 + 10) / 4 and got["life_rl"][0] == 10
     assert got["ladder_rl_minus_bc"][0] == 0.75 and got["ladder_rl_run0"][0] == 1.5
     half = 12.71 * np.std([1.0, 0.5], ddof=1) / 2 ** 0.5
     assert abs(got["ladder_rl_minus_bc"][2] - 0.75 - half) < 2e-3
@@ -1395,7 +1397,7 @@ def test_comparison_of_agents_against_known_values():
     assert "time_rl_minus_bc_both_keys" not in got                  # BC never gets there
     assert got["success_bc_four"][0] == 0.75
     assert abs(got["p_rl_bc_four"][0] - 1.0) < 1e-3                 # runs: +1/2, 0: p 1/2, twice
-    always = np.ones((5, 20, 2))                        # runs gain 4, 6, 2, 5, 3 of 20 worlds
+    always = np.ones((5, 20, 3))                        # runs gain 4, 6, 2, 5, 3 of 20 worlds
     less = always.copy()
     less[..., 0][np.arange(20) < np.array([4, 6, 2, 5, 3])[:, None]] = inf
     many = play.agent_entries(spec, {"bc": less, "rl": always}, 10)
@@ -1510,7 +1512,8 @@ def test_cached_h_equals_recomputed_h_after_a_change_of_task(monkeypatch):
 def test_evaluation_plays_the_sampled_policy(tmp_path):
     """Fails if events, first times or the mapping of actions to environments are shifted."""
     first = play.evaluate_agent(KEYS, range(1, 5), 40, None, workers=1)
-    assert first.shape == (4, 2) and np.isfinite(first).all() and first.min() >= 1
+    assert first.shape == (4, 3) and np.isfinite(first[:, :2]).all() and first.min() >= 1
+    assert first[:, 2].tolist() == [np.inf, np.inf, 12, np.inf]         # seeds divisible by 3 end
     run = key_run()
     for parameter in run.agent.policy.parameters():
         parameter.data.zero_()
@@ -1520,7 +1523,7 @@ def test_evaluation_plays_the_sampled_policy(tmp_path):
     first = play.evaluate_agent(KEYS, range(1, 4), 6, run, workers=1, gif=tmp_path / "x.gif")
     assert (first[:, 1] == 1).all() and (first[:, 0] == 1).sum() in (0, 3)
     assert (tmp_path / "x.gif").stat().st_size > 0
-    assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first).sum(1).tolist()
+    assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first[:, :2]).sum(1).tolist()
 
 
 def test_paired_noise_makes_dreams_repeat(monkeypatch):
@@ -1685,7 +1688,8 @@ def test_branches_of_a_world_leave_it_as_it_is():
     truth = [env.step({k: x[t] for k, x in recorded.items()})[0] for t in range(1, 10)]
     events, films = [events for _, events in films], [film for film, _ in films]
     assert np.array_equal(films[0], truth[3:])
-    assert (events[1][:7, 0] == (other["categorical"][:7, 0] == 4)).all() and not events[1][7:].any()
+    assert (events[1][:7, 0] == (other["categorical"][:7, 0] == 4)).all()
+    assert not events[1][7:].any()
     assert (films[1][:, 0, 1, 0] == other["categorical"][:, 0])[:7].all()
     assert films[1][:, 0, 1, 2].tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12]   # seed 3 ends at 12
     assert films[2][:, 0, 1, 2].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
