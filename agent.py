@@ -330,7 +330,8 @@ def imagination_losses(agent, h, actions, task):
               "value": value_loss(agent.value(h[:, :-1])[seen][:, 0], returns, agent.bins)}
     spread = returns.var().clamp_min(1e-8)
     return losses, {"imagined_reward": (live * rewards[:, 1:]).sum(1).mean(),
-                    "kl_prior": kl.mean().detach(), "entropy": -log_prob.mean().detach(), "value_mean": values.mean(),
+                    "kl_prior": kl.mean().detach(), "entropy": -log_prob.mean().detach(),
+                    "value_mean": values.mean(),
                     "value_explained": 1 - advantages.var() / spread,
                     "positive_share": (advantages >= 0).float().mean()}
 
