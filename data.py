@@ -829,14 +829,13 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=(),
-               often=False):
+    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=()):
         """Draw n windows of `length` rows inside episodes -> episode, start, task: int64 (n,).
 
         Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
         happen, one of its events, a window with that event in one of its rows `ahead`, (first,
         last), default (1, length - 1); the last may lie behind the window's end. tasks: indices,
-        draw these alone; `often`: each as often as it happens.
+        draw these alone.
         """
         episodes = self.episodes(split)
         episodes = episodes[self.lengths[episodes] >= length]
@@ -858,8 +857,8 @@ class Dataset:
         if not len(events) or high < low:
             raise UserError(f"got {len(events)} events for relevant windows of {length} frames; "
                             "need an event and 2 frames; do: record more, or sample uniformly")
-        tasks = rng.choice(events[:, 2] if often else np.unique(events[:, 2]), n)
-        episode, row, task = np.array([rng.choice(events[events[:, 2] == t]) for t in tasks]).T
+        task = rng.choice(np.unique(events[:, 2]), n)
+        episode, row, _ = np.array([rng.choice(events[events[:, 2] == t]) for t in task]).T
         last = np.minimum(row - low, self.lengths[episode] - length)
         return episode, rng.integers(np.maximum(0, row - high), last + 1), task
 

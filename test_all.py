@@ -3325,22 +3325,6 @@ def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
     assert not all(events[a + 1:a + 1 + H, 0].any() for a in last[:2000])             # control
 
 
-def test_what_is_done_besides_the_ladder_is_cloned_under_its_prompts(monkeypatch, tmp_path):
-    """Fails if such a row shows no task besides the ladder's, is told another than the ladder's, or
-    stands before the others."""
-    monkeypatch.setattr(KeyEnv, "__init__", lambda self: (PaintEnv.__init__(self), setattr(
-        self, "spec", replace(self.spec, actions=ActionSpec(2, (5,)), ladder=(("four", 1),))))[0])
-    dataset = data.record(KEYS, tmp_path / "set", 8, 36, 0, workers=1)
-    job = train.Job(None, None, train.DataConfig(), None, {"agent": {"besides": 0.25}},
-                    torch.device("cpu"), dataset)
-    assert train.besides(job, 9) == 2
-    number = np.arange(dataset.frames_total, dtype=np.float32)[:, None, None]
-    batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 20, 30, 4, aside=200)
-    events, task = batch["events"].numpy(), batch["task"].numpy()
-    assert events[50:, 1:, 1].any(1).all() and (task[50:] == 0).all()
-    assert not events[:20, 1:, 1].any(1).all() and set(task[20:50, 0]) == {0, 1}
-
-
 @pytest.mark.slow
 def test_bench_runs(monkeypatch):
     """Fails if shapes of the benchmark don't fit together; every step is made once."""

@@ -101,7 +101,7 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
-HEADS = ("hidden", "mtp", "besides", "bins", "terminal_weight", "bc_weight", "prompts",
+HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
@@ -736,13 +736,6 @@ def make_latents(job, tokenizer):
     return np.load(path, mmap_mode="r")
 
 
-def besides(job, relevant):
-    """How many of `relevant` rows show what is done besides the ladder; 0 where nothing is."""
-    data = job.dataset
-    off = set(data.events[:, 2].tolist()) - {data.spec.tasks.index(t) for t, _ in data.spec.ladder}
-    return round(job.configs["agent"]["besides"] * relevant) if off and data.spec.ladder else 0
-
-
 def known_actions(job):
     """(frames,) bool: whose action the dynamics may see (Section 4.4, unlabelled video)."""
     data, cfg = job.dataset, job.data
@@ -756,22 +749,16 @@ def known_actions(job):
     return known
 
 
-def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False, aside=0,
+def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=False,
                  split="train"):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
-    as in Dataset.sample, `aside` ones that show a task besides the ladder's but are told one of
-    those -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues, task (B, T), events
-    (B, T, tasks). ladder: tasks of its prompts alone, and uniform rows have that which it would
-    ask for at their end."""
+    as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues,
+    task (B, T), events (B, T, tasks). ladder: tasks of its prompts alone, and uniform rows have
+    that which it would ask for at their end."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
     parts = [job.dataset.sample(rng, n, length, r, split, ahead, tasks)
              for n, r in ((uniform, False), (relevant, True)) if n]
-    if aside:       # eating, drinking, fighting: no prompt asks for them, each must allow them
-        asked = [spec.tasks.index(task) for task, _ in spec.ladder]
-        others = [task for task in range(len(spec.tasks)) if task not in asked]
-        episode, start, _ = job.dataset.sample(rng, aside, length, True, split, None, others, True)
-        parts.append((episode, start, rng.choice(asked, aside)))
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
     if tasks:
@@ -886,9 +873,8 @@ def train_agent(job):
     def loss_fn(rng, generator, step):
         rows, length = window(cfg, step, cfg.agent_steps)
         relevant = round(agent.cfg.relevant * rows)
-        uniform, aside = rows - relevant, besides(job, relevant)
-        batch, actions = latent_batch(job, latents, rng, uniform, relevant - aside, length,
-                                      aside=aside)
+        uniform = rows - relevant
+        batch, actions = latent_batch(job, latents, rng, uniform, relevant, length)
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
