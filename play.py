@@ -1292,7 +1292,7 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
 
 
 @torch.no_grad()
-def evaluate_imagination(runs, dataset, dtype="auto", per_episode=8):
+def evaluate_imagination(runs, dataset, dtype="auto", per_episode=4):
     """Does what an agent imagines come true? {name: run with agent} dream as in training, on from
     reference clips under the ladder's prompts; then the simulator takes the same actions -> shares
     of clips in which the task is done: by the reward head in the dream ("imagined"), by the head on
