@@ -1454,12 +1454,16 @@ def test_imagined_successes_are_checked_in_the_simulator(monkeypatch, tmp_path):
         "categorical": torch.full((len(h), 1), 4 if next(count) % 5 > 1 else 3)}
     run.agent.rewards = lambda h, task: h[..., 0] * (task == 0)
     dataset = data.record(KEYS, tmp_path / "set", 6, 13, 0, workers=1)
-    got = play.evaluate_imagination({"rl": run}, dataset, "fp32", per_episode=2)
+    got = play.evaluate_imagination({"rl": run}, dataset, "fp32", per_episode=6)
     prompts = play.ladder_prompts(dataset)
-    first = np.array([prompts[dataset.offsets[i] + t] == 0 for i in range(6) for t in (2, 7)])
-    assert 0 < first.sum() < 12 and got["imagination_rl_imagined"][0] == first.mean()
+    first = np.array([prompts[dataset.offsets[i] + t] == 0 for i in range(6) for t in range(2, 8)])
+    assert 0 < first.sum() < 36 and got["imagination_rl_imagined"][0] == first.mean()
     assert got["imagination_rl_true"][0] == first.mean() and got["imagination_rl_seen"][0] == 0
     assert got["imagination_rl_precision"][0] == 1.0
+    clips, actions = play.reference_clips(dataset, 3, 8, "cpu")     # control: as it was recorded
+    films, events = play.play_on(dataset, *clips["where"], 3, actions)
+    assert np.array_equal(films, clips["frames"][:, 3:])
+    assert np.array_equal(events, clips["events"][:, 3:])
 
 
 def test_psnr_is_of_the_mean_error():
