@@ -1940,7 +1940,7 @@ def evaluate(words):
     if run.agent and not args.world_only:
         add_results(folder, command, evaluate_heads(run, dataset, args.dtype))
         picture_imagined(run, dataset, folder / "imagined.png", dtype=args.dtype)
-        if "seed" in dataset.settings and copy_env(make_env(settings["env"])):
+        if run.spec.ladder and "seed" in dataset.settings and copy_env(make_env(settings["env"])):
             runs = {name: load_run(folder, stage, device, args.dtype)
                     for name, stage in (("bc", "agent"), ("rl", "imagine"))
                     if (folder / f"{stage}.pt").exists()}
