@@ -3268,6 +3268,9 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     assert "dynamics" in metrics_of(finished / "runs/seed1", "agent")[0]
     assert metrics_of(finished / "runs/seed1", "agent")[0]["bc_next_action_valid"] > 0
     assert "dynamics" not in metrics_of(finished / "runs/seed3", "agent")[0]
+    start = load_run(finished / "runs/base", "dynamics").dynamics.task_embed.weight
+    told = lambda run: (run.dynamics.task_embed.weight != start).any(1).tolist()
+    assert told(two) == [False] * (len(start) - 1) + [True] and any(told(one)[:-1])
     actor = play.Actor(two, [0, 1], torch.Generator())
     assert actor.task.tolist() == [2, 2] and not two.agent.cfg.prompts
     assert play.Actor(one, [0, 1], torch.Generator()).task.tolist() == [0, 1]      # control
