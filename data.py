@@ -616,15 +616,19 @@ def start_workers(target, jobs):
 def env_worker(pipe, name, seeds):
     """Answers None with fresh frames, actions with (frames, events, terminal)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    envs, actions = [make_env(name) for _ in seeds], None
+    envs, fresh = [make_env(name) for _ in seeds], []
     while True:
         try:
             actions = pipe.recv()
         except EOFError:                                      # the parent closed, or died
             return
         events = np.zeros((len(envs), len(envs[0].spec.tasks)), np.uint8)
-        if actions is None:
+        if actions is None and fresh and all(fresh):          # sooner copied than made again
+            envs, frames = [copy_env(env) for env in fresh], first.copy()
+        elif actions is None:
             frames = np.stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
+            fresh, first = [copy_env(env) for env in envs], frames.copy()
+        if actions is None:
             terminal = np.zeros(len(envs), bool)
         for i in np.flatnonzero(~terminal) if actions else ():
             frames[i], events[i], terminal[i] = envs[i].step({k: v[i] for k, v in actions.items()})
@@ -632,16 +636,17 @@ def env_worker(pipe, name, seeds):
 
 
 class VecEnv:
-    """N environments, one per seed, in worker processes (0 = one per core).
+    """N environments, one per seed, in worker processes (0 = one per core), which start at the
+    first reset. Every reset begins the same episodes.
 
     A finished environment is not stepped any more: it repeats its last frame, without events.
     """
 
     def __init__(self, name, seeds, workers=0):
-        self.spec, workers = make_env(name).spec, min(workers or os.cpu_count(), len(seeds))
-        self.parts = np.array_split(np.arange(len(seeds)), workers)
-        jobs = [(name, [int(seeds[i]) for i in part]) for part in self.parts]
-        self.processes, self.pipes = start_workers(env_worker, jobs)
+        self.name, self.seeds, self.spec = name, seeds, make_env(name).spec
+        self.workers = min(workers or os.cpu_count(), len(seeds))
+        self.parts = np.array_split(np.arange(len(seeds)), self.workers)
+        self.processes, self.pipes = [], []
 
     def _exchange(self, messages):
         for pipe, message in zip(self.pipes, messages, strict=True):
@@ -650,6 +655,9 @@ class VecEnv:
 
     def reset(self):
         """-> frames uint8 (N, H, W, 3)."""
+        if not self.processes:
+            jobs = [(self.name, [int(self.seeds[i]) for i in part]) for part in self.parts]
+            self.processes, self.pipes = start_workers(env_worker, jobs)
         return self._exchange([None] * len(self.parts))[0]
 
     def step(self, actions):

@@ -999,6 +999,14 @@ class Actor:
         if changed is not None and changed.any():
             self.replay(torch.as_tensor(np.flatnonzero(changed), device=self.device))
 
+    def keep(self, rows):
+        """Go on with these rows (n,) alone."""
+        rows = torch.as_tensor(rows, device=self.device)
+        self.dream.cache.keep(rows), self.encoder.keep(rows)
+        pick = lambda z, actions, labelled: (z[rows], {k: x[rows] for k, x in actions.items()},
+                                             labelled[rows])
+        self.history = [pick(*frame) for frame in self.history]
+
     def replay(self, rows):
         """Commit the window of these rows again, under their present task. Exact for one time
         layer; with more, the window's first frames lose what they had seen before it."""
@@ -1018,35 +1026,40 @@ class Actor:
         return {k: x.cpu().numpy() for k, x in actions.items()}
 
 
-def evaluate_agent(env, seeds, length, run=None, dtype="auto", workers=0, seed=0, gif=None,
-                   temperature=1.0):
-    """Plays one sampled episode in each world; run None: uniform random actions.
+def evaluate_agent(worlds, length, run=None, dtype="auto", seed=0, gif=None, temperature=1.0):
+    """Plays one sampled episode in each of `worlds` (VecEnv); run None: uniform random actions.
 
     Returns first (N, tasks + 1): the step at which each task was first done and, last, that of
     death, inf where never. gif: a path for the first world's frames.
     """
     rng, device = np.random.default_rng(seed), pick_device("cpu")
-    with VecEnv(env, seeds, workers) as worlds:
-        frames, spec, N = worlds.reset(), worlds.spec, len(seeds)
-        ladder, film = Ladder(spec, N), [frames[0]]
-        first = np.full((N, len(spec.tasks) + 1), np.inf)
+    frames, spec, N = worlds.reset(), worlds.spec, len(worlds.seeds)
+    ladder, film, alive = Ladder(spec, N), [frames[0]], np.arange(N)
+    first = np.full((N, len(spec.tasks) + 1), np.inf)
+    if run:
+        device = run.device
+        actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed), temperature)
+    with autocast(device, dtype):
         if run:
-            device = run.device
-            actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed), temperature)
-        with autocast(device, dtype):
+            actor.observe(frames, spec.actions.zeros(N), False, ladder.task)
+        for step in tqdm(range(1, length + 1), desc=f"{N} episodes", leave=False):
+            chosen = actor.act() if run else spec.actions.sample(rng, len(alive))
+            actions = spec.actions.zeros(N)
+            for name, x in chosen.items():
+                actions[name][alive] = x
+            frames, events, terminal = worlds.step(actions)
+            now = np.concatenate([events > 0, terminal[:, None]], 1)
+            first = np.where(now & np.isinf(first), step, first)
+            changed = ladder.advance(events)
+            film += [frames[0]] if len(film) < FILM else []
+            if terminal.all():
+                break
+            if run and terminal[alive].any():           # the dead aren't computed any more
+                actor.keep(np.flatnonzero(~terminal[alive]))
+            alive = np.flatnonzero(~terminal)
             if run:
-                actor.observe(frames, spec.actions.zeros(N), False, ladder.task)
-            for step in tqdm(range(1, length + 1), desc=f"{len(seeds)} episodes", leave=False):
-                actions = actor.act() if run else spec.actions.sample(rng, N)
-                frames, events, terminal = worlds.step(actions)
-                now = np.concatenate([events > 0, terminal[:, None]], 1)
-                first = np.where(now & np.isinf(first), step, first)
-                changed = ladder.advance(events)
-                film += [frames[0]] if len(film) < FILM else []
-                if terminal.all():
-                    break
-                if run:
-                    actor.observe(frames, actions, True, ladder.task, changed)
+                actor.observe(frames[alive], {k: x[alive] for k, x in actions.items()}, True,
+                              ladder.task[alive], changed[alive])
     if gif:
         write_film(gif, np.stack(film))
     return first
@@ -1066,10 +1079,10 @@ def ladder_scores(spec, first):
     return np.isfinite(first[..., [spec.tasks.index(r) for r in spec.rungs]]).sum(-1)
 
 
-def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, temperature=1.0):
+def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0):
     """evaluate_agent's `first` of "random", "player" or a stage of the run in `folder`. It is kept
     in folder/episodes, and read back where the same checkpoint is asked for the same again."""
-    folder = Path(folder)
+    folder, env, seeds = Path(folder), worlds.name, worlds.seeds
     name = f"{env}_{agent}_{seeds[0]}_{len(seeds)}x{length}".replace("/", "_").replace(":", "_")
     if agent in STAGES:
         crc = zlib.crc32((folder / f"{agent}.pt").read_bytes())
@@ -1081,12 +1094,12 @@ def played(folder, env, agent, seeds, length, device, dtype="auto", workers=0, t
     print(f"Evaluating {folder}, {agent}, temperature {temperature:g}: {len(seeds)} episodes of "
           f"{length} steps.", flush=True)
     if agent == "player":
-        first = evaluate_player(env, len(seeds), length, seeds[0], workers)
+        first = evaluate_player(env, len(seeds), length, seeds[0], worlds.workers)
     else:
         run = load_run(folder, agent, device, dtype) if agent in STAGES else None
         gif = {"agent": "episode_bc.gif", "imagine": "episode_rl.gif"}.get(agent)
         gif = None if temperature != 1 or seeds[0] != TEST_SEED else gif
-        first = evaluate_agent(env, seeds, length, run, dtype, workers, temperature=temperature,
+        first = evaluate_agent(worlds, length, run, dtype, temperature=temperature,
                                gif=gif and folder / gif)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda file: np.save(file, first))
@@ -1197,51 +1210,53 @@ def data_config(folder):
 
 def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", workers=0):
     """Random, BC ("bc"), imagination policy ("rl") and recorded player ("player") on the test
-    worlds, half as many episodes for the two bounds -> entries for results.json."""
+    worlds, the player in half of them -> entries for results.json."""
     folder, env, firsts = Path(folder), data_config(folder)["env"], {}
     if bad := set(agents) - {"random", "bc", "rl", "player"}:
         raise UserError(f"Got agents {sorted(bad)}, need some of random, bc, rl and player.")
-    for agent in agents:
-        n = episodes if agent in ("bc", "rl") else max(episodes // 2, 2)
-        firsts[agent] = played(folder, env, {"bc": "agent", "rl": "imagine"}.get(agent, agent),
-                               range(TEST_SEED, TEST_SEED + n), length, device, dtype,
-                               workers)[None]
+    worlds, fewer = (VecEnv(env, range(TEST_SEED, TEST_SEED + n), workers)
+                     for n in (episodes, max(episodes // 2, 2)))
+    with worlds, fewer:
+        for agent in agents:
+            firsts[agent] = played(folder, fewer if agent == "player" else worlds,
+                                   {"bc": "agent", "rl": "imagine"}.get(agent, agent), length,
+                                   device, dtype)[None]
     return agent_entries(load_run(folder, None, device).spec, firsts, length)
 
 
 def compare_agents(folder, text, episodes, length, device, dtype="auto", workers=0):
     """text: "bc=seed*:agent rl=seed*:imagine cool=seed*:agent@best", an agent is a stage of all
     runs whose names match, at a temperature of its actions (default 1; best: of TEMPERATURES, by
-    ladder score in 50 validation worlds with the first run) -> entries for results.json."""
-    settings, firsts, entries = data_config(folder), {}, {}
+    their mean ladder score in 50 validation worlds) -> entries for results.json."""
+    env, firsts, entries = data_config(folder)["env"], {}, {}
     spec = load_run(folder, None, device).spec
-    play_in = lambda path, agent, seeds, t=1.0: played(path, settings["env"], agent, seeds, length,
-                                                       device, dtype, workers, t)
-    worlds = range(TEST_SEED, TEST_SEED + episodes)
-    for item in text.replace(",", " ").split():
-        match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|\d*\.?\d+))?", item)
-        name, pattern, stage, temperature = match.groups() if match else (None,) * 4
-        if match and temperature != "best":
-            temperature = float(temperature or 1)
-            if not temperature:
-                raise UserError(f"Got --compare {item!r}, need a temperature above 0.")
-        paths = [p for p in sorted(Path(folder).parent.glob(pattern or "-"))
-                 if (p / f"{stage}.pt").exists()]
-        if not paths:
-            raise UserError(f"Got --compare {item!r}, need NAME=RUNS:STAGE or "
-                            "NAME=RUNS:STAGE@TEMPERATURE with the names of runs that have a stage "
-                            "agent or imagine, * for any letters: bc=seed*:agent.")
-        if temperature == "best":
-            trial = range(VALIDATION_SEED, VALIDATION_SEED + 50)
-            scores = {t: ladder_scores(spec, play_in(paths[0], stage, trial, t)).mean()
-                      for t in TEMPERATURES}
-            temperature = max(scores, key=scores.get)
-            entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50, "rungs")
-                        for t, x in scores.items()}
-        entries[f"temperature_{name}"] = temperature, None, None, len(paths), ""
-        firsts[name] = np.stack([play_in(p, stage, worlds, temperature) for p in paths])
-    for bound in ("random", "player") if hasattr(make_env(settings["env"]), "player") else ():
-        firsts[bound] = play_in(folder, bound, worlds)[None]
+    with (VecEnv(env, range(TEST_SEED, TEST_SEED + episodes), workers) as worlds,
+          VecEnv(env, range(VALIDATION_SEED, VALIDATION_SEED + 50), workers) as trial):
+        play_in = lambda runs, agent, worlds, t=1.0: np.stack([
+            played(run, worlds, agent, length, device, dtype, t) for run in runs])
+        for item in text.replace(",", " ").split():
+            match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|\d*\.?\d+))?", item)
+            name, pattern, stage, temperature = match.groups() if match else (None,) * 4
+            if match and temperature != "best":
+                temperature = float(temperature or 1)
+                if not temperature:
+                    raise UserError(f"Got --compare {item!r}, need a temperature above 0.")
+            runs = [p for p in sorted(Path(folder).parent.glob(pattern or "-"))
+                    if (p / f"{stage}.pt").exists()]
+            if not runs:
+                raise UserError(f"Got --compare {item!r}, need NAME=RUNS:STAGE or NAME=RUNS:STAGE"
+                                "@TEMPERATURE with the names of runs that have a stage agent or "
+                                "imagine, * for any letters: bc=seed*:agent.")
+            if temperature == "best":
+                scores = {t: ladder_scores(spec, play_in(runs, stage, trial, t)).mean()
+                          for t in TEMPERATURES}
+                temperature = max(scores, key=scores.get)
+                entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50 * len(runs), "rungs")
+                            for t, x in scores.items()}
+            entries[f"temperature_{name}"] = temperature, None, None, len(runs), ""
+            firsts[name] = play_in(runs, stage, worlds, temperature)
+        for bound in ("random", "player") if hasattr(make_env(env), "player") else ():
+            firsts[bound] = play_in([folder], bound, worlds)
     return entries | agent_entries(spec, firsts, length)
 
 

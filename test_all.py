@@ -308,6 +308,18 @@ def test_vec_env_equals_single_envs():
                     last[i], ended[i] = frames[i], one[2]
                     assert terminal[i] == ended[i]
         assert ended.tolist() == [True, False, False, True, False]
+        for e, s in zip(single, seeds, strict=True):
+            e.reset(s)
+        first = env.reset()                                             # the same episodes again
+        assert (first == [e.reset(s) for e, s in zip(single, seeds, strict=True)]).all()
+        for _ in range(2):
+            actions = env.spec.actions.sample(rng, 5)
+            frames, events, terminal = env.step(actions)
+            ones = [e.step({k: v[i] for k, v in actions.items()}) for i, e in enumerate(single)]
+            assert (frames == [one[0] for one in ones]).all() and not terminal.any()
+            assert (env.reset() == first).all()
+            for e, s in zip(single, seeds, strict=True):
+                e.reset(s)
         processes = env.processes
     assert not any(process.is_alive() for process in processes)
 
@@ -1243,6 +1255,7 @@ def test_imagination_step_changes_policy_and_value_alone():
     task = torch.zeros(4, dtype=torch.long)
     losses, metrics = imagination_losses(agent, h, chosen, task)
     pi, prior = (head(h[:, :-1])[:, :, 0].detach() for head in (agent.policy, agent.prior))
+    prior = prior / agent.cfg.temperature
     kls = [float(action_kl(agent.spec, *pair).mean()) for pair in ((pi, prior), (prior, pi))]
     assert abs(float(metrics["kl_prior"]) - kls[0]) < 1e-5 < abs(kls[0] - kls[1]) / 100
     (losses["policy"] + losses["value"]).backward()
@@ -1251,8 +1264,29 @@ def test_imagination_step_changes_policy_and_value_alone():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     agent.freeze_prior()
-    losses, metrics = imagination_losses(agent, h, chosen, task)
-    assert abs(float(metrics["kl_prior"])) < 1e-6
+    assert float(imagination_losses(agent, h, chosen, task)[1]["kl_prior"]) > 0.01
+    agent.sharpen(agent.cfg.temperature)
+    assert abs(float(imagination_losses(agent, h, chosen, task)[1]["kl_prior"])) < 1e-6
+
+
+def test_practice_starts_from_the_cooled_policy(copy, monkeypatch):
+    """Fails if the policy is not sharpened by agent.temperature, a resumed stage sharpens it
+    again, or the prior, which the browser plays as BC, is changed."""
+    agent, h = tiny_agent(), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    draw = lambda t: agent.act(h, torch.Generator().manual_seed(1), t)["categorical"]
+    cool = draw(0.3)
+    assert not torch.equal(draw(1.0), cool)
+    agent.sharpen(0.3)
+    assert torch.equal(draw(1.0), cool)
+    folder, run = copy
+    still = ("--run", "base", "--stage", "imagine", "--agent.temperature", "0.25",
+             "--train.lr_policy", "0", "--train.imagine_steps", "6", "--train.save_every", "2")
+    stop_after(monkeypatch, folder, 2, *still, "--resume", "no")
+    train_quietly(folder, *still)
+    bc, rl = (load_run(folder / "runs/base", stage).agent for stage in ("agent", "imagine"))
+    assert torch.allclose(rl.policy.out.weight, 4 * bc.policy.out.weight)
+    assert torch.allclose(rl.policy.out.bias, 4 * bc.policy.out.bias)
+    assert torch.equal(rl.prior.out.weight, bc.policy.out.weight)
 
 
 def imagine_with(kind=None, C=3, horizon=6, **changes):
@@ -1344,6 +1378,15 @@ class KeyEnv(PaintEnv):
         super().__init__()
         self.spec = replace(self.spec, actions=ActionSpec(2, (5,)), rungs=("four", "both_keys"),
                             ladder=(("four", 2), ("both_keys", 0)))
+
+
+class BusyEnv(KeyEnv):
+    """KeyEnv whose frames are as different as can be: noise by seed, step and action."""
+
+    def paint(self, action):
+        rng = np.random.default_rng([self.seed, self.steps, *action["binary"],
+                                     *action["categorical"]])
+        return np.full((8, 12, 3), rng.integers(0, 256, 3), np.uint8)
 
 
 def key_run():
@@ -1515,7 +1558,8 @@ def test_cached_h_equals_recomputed_h_after_a_change_of_task(monkeypatch):
 
 def test_evaluation_plays_the_sampled_policy(tmp_path):
     """Fails if events, first times or the mapping of actions to environments are shifted."""
-    first = play.evaluate_agent(KEYS, range(1, 5), 40, None, workers=1)
+    with data.VecEnv(KEYS, range(1, 5), workers=1) as worlds:
+        first = play.evaluate_agent(worlds, 40)
     assert first.shape == (4, 3) and np.isfinite(first[:, :2]).all() and first.min() >= 1
     assert first[:, 2].tolist() == [np.inf, np.inf, 12, np.inf]         # seeds divisible by 3 end
     run = key_run()
@@ -1524,10 +1568,46 @@ def test_evaluation_plays_the_sampled_policy(tmp_path):
     logits = torch.full((3, 7), -30.0)
     logits[:, [0, 1, 6]] = 30.0                                     # both keys, category 4
     run.agent.policy.out.bias.data = logits.flatten()
-    first = play.evaluate_agent(KEYS, range(1, 4), 6, run, workers=1, gif=tmp_path / "x.gif")
+    with data.VecEnv(KEYS, range(1, 4), workers=1) as worlds:
+        first = play.evaluate_agent(worlds, 6, run, gif=tmp_path / "x.gif")
     assert (first[:, 1] == 1).all() and (first[:, 0] == 1).sum() in (0, 3)
     assert (tmp_path / "x.gif").stat().st_size > 0
     assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first[:, :2]).sum(1).tolist()
+
+
+def test_the_dead_are_left_out_and_the_others_play_on(monkeypatch):
+    """Fails if, once some worlds have ended, the others' frames, prompts, caches or actions get
+    mixed up: each must play as it does alone (no noise, a policy without chance)."""
+    monkeypatch.setattr(Dream, "noise", lambda self, B, T: torch.zeros(B, T, 2, 6))
+    run, seen, middle = key_run(), [], []
+
+    def act(h, *_):
+        middle.append(h.mean(0))
+        h = h - middle[0]                                               # what tells worlds apart
+        return {"binary": (h[:, :2] > 0).byte(), "continuous": h[:, :0],
+                "categorical": h[:, 2:7].argmax(-1, keepdim=True)}
+
+    run.agent.act = act
+    real = data.VecEnv.step
+    monkeypatch.setattr(data.VecEnv, "step",
+                        lambda self, a: seen.append(deepcopy(a)) or real(self, a))
+
+    def play_in(*seeds):
+        seen.clear()
+        with data.VecEnv(f"{__name__}:BusyEnv", seeds, workers=1) as worlds:
+            first = play.evaluate_agent(worlds, 30, run, "fp32")
+        return first, np.stack([np.concatenate([a["binary"], a["categorical"]], 1) for a in seen])
+
+    seeds, observed = (3, 200, 30, 100, 6, 250), []
+    observe = play.Actor.observe
+    monkeypatch.setattr(play.Actor, "observe", lambda self, frames, *rest:
+                        observed.append(len(frames)) or observe(self, frames, *rest))
+    first, actions = play_in(*seeds)
+    assert set(observed[:12]) == {6} and set(observed[12:]) == {3}
+    assert len({actions[:12, i].tobytes() for i in range(6)}) > 3       # control: they differ
+    for i in (1, 5):
+        alone, chosen = play_in(seeds[i])
+        assert (alone[0] == first[i]).all() and (chosen[:, 0] == actions[:, i]).all()
 
 
 def test_paired_noise_makes_dreams_repeat(monkeypatch):

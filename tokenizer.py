@@ -117,6 +117,11 @@ class Cache:
                        for layer, rings in self.layers.items()}
         return twin
 
+    def keep(self, rows):
+        """Go on with these batch rows (n,) alone."""
+        self.layers = {layer: [ring[rows] for ring in rings]
+                       for layer, rings in self.layers.items()}
+
     def copy_rows(self, rows, other):
         """Replace batch rows (n,) by the rows of another cache that stands at the same frame."""
         assert (other.t, other.context) == (self.t, self.context), (other.t, self.t)

@@ -74,7 +74,7 @@ class TrainConfig:
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 2400
     agent_steps: int = 2400
-    imagine_steps: int = 180
+    imagine_steps: int = 300
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
@@ -82,7 +82,7 @@ class TrainConfig:
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
-    lr_policy: float = 1e-3     # AdamW in imagination
+    lr_policy: float = 3e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
     value_first: int = 20       # imagination steps in which only the value head learns
@@ -126,7 +126,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "train.log_every": 5, "agent.horizon": 6, "train.imagine_batch": 16},
     "cpu_long": {"data.episodes": 1200, "train.tokenizer_steps": 6000,
                  "train.dynamics_steps": 20000, "train.agent_steps": 5000,
-                 "train.imagine_steps": 400, "data.eval_episodes": 200},
+                 "train.imagine_steps": 540, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
             "dynamics.layers": 12, "dynamics.heads": 12, "dynamics.kv_heads": 3,
@@ -168,6 +168,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
               "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
+              "agent.pmpo_beta": 0.3, "agent.temperature": 1.0,
               "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
@@ -904,6 +905,7 @@ def train_imagine(job):
     latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
     made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
+    agent.sharpen(agent.cfg.temperature)
     agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
     cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
     world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
