@@ -85,7 +85,8 @@ class TrainConfig:
     lr_policy: float = 3e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
-    value_first: int = 20       # imagination steps in which only the value head learns
+    value_first: int = 40       # imagination steps in which only the value head learns
+    value_updates: int = 4      # of the value head for each rollout, which costs far more
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
@@ -920,15 +921,17 @@ def train_imagine(job):
                                       agent.cfg.practice == "ladder")
         h, chosen, _ = imagine_rollout(world, agent, batch["z"], actions, batch["labelled"],
                                        agent.prompt(batch["task"]), horizon, generator)
+        for _ in range(cfg.value_updates - 1):
+            imagination_losses(agent, h, chosen, batch["task"][:, -1])[0]["value"].backward()
+            critic.step(), critic.zero_grad(set_to_none=True)
         losses, metrics = imagination_losses(agent, h, chosen, batch["task"][:, -1])
         if step < cfg.value_first:      # a value of 0 would call every action good
             del losses["policy"]
         return losses, metrics
 
-    optimizer = torch.optim.AdamW([{"params": agent.policy.parameters(), "lr": cfg.lr_policy},
-                                   {"params": agent.value.parameters(), "lr": cfg.lr_value}],
-                                  weight_decay=0.0)
-    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer], made_of=made_of)
+    actor = torch.optim.AdamW(agent.policy.parameters(), cfg.lr_policy, weight_decay=0.0)
+    critic = torch.optim.AdamW(agent.value.parameters(), cfg.lr_value, weight_decay=0.0)
+    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [actor, critic], made_of=made_of)
     save_stage(job, "imagine", cfg.imagine_steps, made_of, tokenizer=run.tokenizer,
                dynamics=dynamics, agent=agent)
 
