@@ -42,8 +42,7 @@ class AgentConfig:
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
-    pmpo_beta: float = 0.1      # 0.3
-    temperature: float = 0.5    # 1: of the BC policy that practice starts from and stays near
+    pmpo_beta: float = 0.3      # 0.3
     objective: str = "pmpo"     # "pmpo" | "advantage": weighted by it, normalised (ablation)
     h_pass: str = "commit"      # h of imagined frames: "commit" | "denoise", last pass (ablation)
     corrupt: bool = True        # imagined frames enter the context with noise (ablation)
@@ -53,8 +52,6 @@ class AgentConfig:
         for name in ("relevant", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
-        if not self.temperature:
-            raise UserError("Got agent.temperature 0, need more: 1 is the policy as it is.")
         if self.relevant == 1:
             raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
         for name, words in (("bc_level", ("context", "uniform")), ("h_pass", ("commit", "denoise")),
@@ -175,12 +172,6 @@ class Agent(nn.Module):
 
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
-
-    @torch.no_grad()
-    def sharpen(self, temperature):
-        """From now on the policy acts at temperature 1 as it did at this one."""
-        self.policy.out.weight /= temperature
-        self.policy.out.bias /= temperature
 
     def act(self, h, generator=None, temperature=1.0):
         """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .).
@@ -326,7 +317,7 @@ def imagination_losses(agent, h, actions, task):
         seen = live > 0.5
         returns = lambda_returns(rewards, continues, values, cfg.gamma, cfg.lam)[:, :-1]
         advantages = returns - values[:, :-1]
-        prior = agent.prior(h[:, :-1], 1)[:, :, 0] / cfg.temperature
+        prior = agent.prior(h[:, :-1], 1)[:, :, 0]
     logits = agent.policy(h[:, :-1], 1)[:, :, 0]
     log_prob = action_log_prob(agent.spec, logits, actions)[seen]
     kl = action_kl(agent.spec, logits, prior)[seen]

@@ -1255,7 +1255,6 @@ def test_imagination_step_changes_policy_and_value_alone():
     task = torch.zeros(4, dtype=torch.long)
     losses, metrics = imagination_losses(agent, h, chosen, task)
     pi, prior = (head(h[:, :-1])[:, :, 0].detach() for head in (agent.policy, agent.prior))
-    prior = prior / agent.cfg.temperature
     kls = [float(action_kl(agent.spec, *pair).mean()) for pair in ((pi, prior), (prior, pi))]
     assert abs(float(metrics["kl_prior"]) - kls[0]) < 1e-5 < abs(kls[0] - kls[1]) / 100
     (losses["policy"] + losses["value"]).backward()
@@ -1264,29 +1263,7 @@ def test_imagination_step_changes_policy_and_value_alone():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     agent.freeze_prior()
-    assert float(imagination_losses(agent, h, chosen, task)[1]["kl_prior"]) > 0.01
-    agent.sharpen(agent.cfg.temperature)
     assert abs(float(imagination_losses(agent, h, chosen, task)[1]["kl_prior"])) < 1e-6
-
-
-def test_practice_starts_from_the_cooled_policy(copy, monkeypatch):
-    """Fails if the policy is not sharpened by agent.temperature, a resumed stage sharpens it
-    again, or the prior, which the browser plays as BC, is changed."""
-    agent, h = tiny_agent(), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    draw = lambda t: agent.act(h, torch.Generator().manual_seed(1), t)["categorical"]
-    cool = draw(0.3)
-    assert not torch.equal(draw(1.0), cool)
-    agent.sharpen(0.3)
-    assert torch.equal(draw(1.0), cool)
-    folder, run = copy
-    still = ("--run", "base", "--stage", "imagine", "--agent.temperature", "0.25",
-             "--train.lr_policy", "0", "--train.imagine_steps", "6", "--train.save_every", "2")
-    stop_after(monkeypatch, folder, 2, *still, "--resume", "no")
-    train_quietly(folder, *still)
-    bc, rl = (load_run(folder / "runs/base", stage).agent for stage in ("agent", "imagine"))
-    assert torch.allclose(rl.policy.out.weight, 4 * bc.policy.out.weight)
-    assert torch.allclose(rl.policy.out.bias, 4 * bc.policy.out.bias)
-    assert torch.equal(rl.prior.out.weight, bc.policy.out.weight)
 
 
 def imagine_with(kind=None, C=3, horizon=6, **changes):

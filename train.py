@@ -82,11 +82,10 @@ class TrainConfig:
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
-    lr_policy: float = 3e-3     # AdamW in imagination
+    lr_policy: float = 1e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
-    value_first: int = 40       # imagination steps in which only the value head learns
-    value_updates: int = 4      # of the value head for each rollout, which costs far more
+    value_first: int = 20       # imagination steps in which only the value head learns
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
@@ -169,7 +168,6 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
               "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
-              "agent.pmpo_beta": 0.3, "agent.temperature": 1.0,
               "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
@@ -906,7 +904,6 @@ def train_imagine(job):
     latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
     made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
-    agent.sharpen(agent.cfg.temperature)
     agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
     cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
     world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
@@ -921,17 +918,15 @@ def train_imagine(job):
                                       agent.cfg.practice == "ladder")
         h, chosen, _ = imagine_rollout(world, agent, batch["z"], actions, batch["labelled"],
                                        agent.prompt(batch["task"]), horizon, generator)
-        for _ in range(cfg.value_updates - 1):
-            imagination_losses(agent, h, chosen, batch["task"][:, -1])[0]["value"].backward()
-            critic.step(), critic.zero_grad(set_to_none=True)
         losses, metrics = imagination_losses(agent, h, chosen, batch["task"][:, -1])
         if step < cfg.value_first:      # a value of 0 would call every action good
             del losses["policy"]
         return losses, metrics
 
-    actor = torch.optim.AdamW(agent.policy.parameters(), cfg.lr_policy, weight_decay=0.0)
-    critic = torch.optim.AdamW(agent.value.parameters(), cfg.lr_value, weight_decay=0.0)
-    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [actor, critic], made_of=made_of)
+    optimizer = torch.optim.AdamW([{"params": agent.policy.parameters(), "lr": cfg.lr_policy},
+                                   {"params": agent.value.parameters(), "lr": cfg.lr_value}],
+                                  weight_decay=0.0)
+    fit(job, "imagine", [agent], loss_fn, ["policy", "value"], [optimizer], made_of=made_of)
     save_stage(job, "imagine", cfg.imagine_steps, made_of, tokenizer=run.tokenizer,
                dynamics=dynamics, agent=agent)
 
