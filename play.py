@@ -1144,7 +1144,7 @@ def holm(p):
 def agent_entries(spec, firsts, length):
     """{agent: first (runs, N, tasks + 1)}, all in the same worlds -> entries for results.json:
     ladder score, steps until death (restricted to `length`), success and restricted mean time of
-    each rung, and "rl" against every other agent.
+    each rung, and agents whose names begin with "rl" against all others.
 
     Intervals are over the runs where there are several, else over the worlds (they tell what other
     runs would give on this world model and these worlds). Against "bc" the success of each rung is
@@ -1167,7 +1167,8 @@ def agent_entries(spec, firsts, length):
             entries[f"success_{agent}_{rung}"] = (*over(done), "share") if len(done) > 1 else (
                 done.mean(), *wilson(int(done.sum()), n), n, "share")
             entries[f"time_{agent}_{rung}"] = *over(np.minimum(first[..., task], length)), "steps"
-    for a, b in [("rl", b) for b in firsts if b != "rl"] + [("bc", "random")]:
+    pairs = [(a, b) for a in firsts if a.startswith("rl") for b in firsts if b[:2] != "rl"]
+    for a, b in [*pairs, ("bc", "random")]:
         runs = {len(firsts.get(agent, ())) for agent in (a, b)}
         if 0 in runs or len(runs - {1}) > 1:
             continue                                # one run is compared with each of the others'
