@@ -50,6 +50,7 @@ from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
 HORIZONS = (1, 4, 8, 16, 32, 64)
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 20_000, 30_000, 40_000
+INTERACTIONS = 2            # version of the scripts and of how their contexts are chosen
 TEMPERATURES = (1.0, 0.75, 0.5, 0.3)
 FILM = 1000                 # most frames of an episode's GIF
 
@@ -126,7 +127,11 @@ def interaction_set(env):
     if not (path / "dataset.json").exists():
         print(f"Recording interactions into {path}.")
         record_interactions(env, path)
-    return Dataset(path)
+    dataset = Dataset(path)
+    if dataset.settings.get("version") != INTERACTIONS:
+        raise UserError(f"Got interactions of older code in {path}, need today's to compare with: "
+                        "delete that folder, then the same command records it anew.")
+    return dataset
 
 
 def reference_clips(dataset, per_episode, length, device):
@@ -161,7 +166,7 @@ def dream_clips(run, z, actions, labelled, horizon, seed=0, forced=False):
     frames = [run.tokenizer.decode(z[:, :context], cache)]
     for t in range(context, z.shape[1]):
         action, true = {k: x[:, t:t + 1] for k, x in actions.items()}, z[:, t:t + 1]
-        has_action = torch.ones_like(labelled[:, :1])
+        has_action = labelled[:, t:t + 1]
         imagined = dream.imagine(action, has_action)
         frames.append(run.tokenizer.decode(imagined, cache))
         if forced:                      # the true frame takes the imagined one's place
@@ -228,11 +233,10 @@ def caused(change):
     return by_action
 
 
-def symbol_counts(reader, frames, before, after, last=None):
+def symbol_counts(reader, frames, before, after):
     """Dreamed frames (N, H, W, 3) against the probes of the true ones (`after`) -> counts (N,).
 
-    before: probes of the last frame that the model was shown; last: the inventory before the step,
-    as the dream has it (default: the true one). Cells count in daylight only.
+    before: probes of the last frame that the model was shown. Cells count in daylight only.
     """
     player = after["probe_player"]
     texture, items, _ = reader.read(frames, player[:, 0] / 255, player[:, 1] > 0)
@@ -242,7 +246,7 @@ def symbol_counts(reader, frames, before, after, last=None):
     changed = known & (true != old)
     total = lambda mask: mask.sum((1, 2))
     change = after["probe_inventory"].astype(int) - before["probe_inventory"]
-    guess = items - (before["probe_inventory"] if last is None else last).astype(int)
+    guess = items - before["probe_inventory"].astype(int)
     real, dreamed = caused(change), caused(guess)
     return {"known": total(known), "right": total(known & (cells == true)),
             "right_repeat": total(known & (old == true)), "changed": total(changed),
@@ -264,9 +268,9 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
                    simulator=False, picture=None):
     """PSNR, SSIM and symbols on the reference set -> entries for results.json.
 
-    Curves by horizon: the dream with true and with shuffled actions (same noise, same contexts),
-    the last frame repeated, the tokenizer's reconstruction, and, with `simulator`, the true game
-    under the shuffled actions. picture: path of a chart of them.
+    Curves by horizon: the dream with true actions and with those of the next episode ("shuffled",
+    same noise, same contexts), the last frame repeated, the tokenizer's reconstruction, and, with
+    `simulator`, the true game under the shuffled actions. picture: path of a chart of them.
     """
     device = run.device
     horizon = min(horizon, max(dataset.lengths) - context)
@@ -287,17 +291,22 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
         if reader:
             player = probes["probe_player"]
             day = (player[..., 0] >= 128) & (player[..., 1] == 0)
-            right = np.zeros(day.shape)
+            right, items, held = (np.zeros(day.shape) for _ in range(3))
             for t in range(day.shape[1]):
-                cells = reader.read(recon[:, t].cpu(), player[:, t, 0] / 255, player[:, t, 1])[0]
-                true = probes["probe_semantic"][:, t]
+                cells, count, _ = reader.read(recon[:, t].cpu(), player[:, t, 0] / 255,
+                                              player[:, t, 1])
+                true, have = (probes[f"probe_{k}"][:, t] for k in ("semantic", "inventory"))
                 right[:, t] = (reader.semantic[cells] == true).mean((1, 2))
+                items[:, t], held[:, t] = ((count == have) & (have > 0)).sum(1), (have > 0).sum(1)
             entries["tokenizer_cell_accuracy"] = *interval(
                 ratio, (right * day).sum(1), day.sum(1)), n, "share"
+            entries["tokenizer_inventory_accuracy"] = *interval(
+                ratio, items.sum(1), held.sum(1)), n, "share"
         if run.dynamics is None:
             return entries
         real = frames[:, context:]
-        shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(1, 0)], 1)
+        other = per_episode if n > per_episode else 1
+        shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(other, 0)], 1)
                     for k, x in actions.items()}
         shown = {"recon": recon[:, context:],
                  "repeat": frames[:, context - 1:context].expand_as(real)}
@@ -311,7 +320,7 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
     likeness = {name: ssim(x, real) for name, x in shown.items()}
     entries["recon_psnr_db"] = *interval(decibel, errors["recon"].mean(1)), n, "dB"
     entries["next_frame_psnr_db"] = *interval(decibel, errors["next"].mean(1)), n, "dB"
-    curves = [name for name in shown if name not in ("recon", "next")]
+    curves = [name for name in shown if name != "next"]
     for h in (h for h in HORIZONS if h <= horizon):
         for name in curves:
             entries[f"{name}_psnr_db_h{h}"] = *interval(decibel, errors[name][:, h - 1]), n, "dB"
@@ -320,9 +329,17 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
             gain = interval(lambda a, b: decibel(a) - decibel(b), errors["dream"][:, h - 1],
                             errors[other][:, h - 1])
             entries[f"dream_minus_{other}_db_h{h}"] = *gain, n, "dB"
-    gains = decibel(errors["dream"]) - decibel(errors["repeat"])
-    entries["dream_minus_repeat_db_least_h1_16"] = float(gains[:16].min()), None, None, n, "dB"
+    least = interval(lambda a, b: (decibel(a) - decibel(b)).min(), errors["dream"][:, :16],
+                     errors["repeat"][:, :16])
+    entries["dream_minus_repeat_db_least_h1_16"] = *least, n, "dB"
     if reader:
+        place = probes["probe_player"][:, context - 1:, 2:].astype(int)
+        scrolled = (np.diff(place, axis=1) != 0).any(-1)            # (n, horizon)
+        for h in (h for h in HORIZONS if h <= horizon):
+            for name in ("dream", "repeat"):
+                entries[f"{name}_moved_psnr_db_h{h}"] = *interval(
+                    lambda e, m: -10 * np.log10(ratio(e * m, m)), errors[name][:, h - 1],
+                    scrolled[:, h - 1]), int(scrolled[:, h - 1].sum()), "dB"
         entries |= symbol_entries(reader, shown, probes, context, interval)
     if picture:
         picture_rollouts(picture, errors, likeness)
@@ -349,37 +366,43 @@ def in_cave(semantic):
 
 @torch.no_grad()
 def evaluate_labels(runs, dataset, dtype="auto", per_episode=4, context=16, horizon=16):
-    """The paper's Figure 7: dreams of `horizon` frames by {name: run}, among them "none" and "all"
-    -> PSNR and SSIM of each as a share of the way from "none" to "all", on all clips and on those
-    that end in caves."""
+    """The paper's Figure 7: dreams of `horizon` frames by {name: run}, among them "none" (it has
+    learned no actions and is shown none) and "all" -> PSNR and SSIM of each as a share of the way
+    from "none" to "all", on all frames and on those in caves, and that gap."""
     device = runs["all"].device
     clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
     real, where = clips["frames"][:, context:], clips["where"]
-    cave = in_cave(read_probes(dataset, *where, context + horizon)["probe_semantic"][:, -1])
+    cave = in_cave(read_probes(dataset, *where, context + horizon)["probe_semantic"][:, context:])
     scores, entries = {}, {}
     for name, run in runs.items():
+        labelled = clips["labelled"] & (name != "none")
         with autocast(device, dtype):
             z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"].split(16)])
-            film = dream_clips(run, z, actions, clips["labelled"], horizon)[:, context:]
-        scores[name] = squared_error(film, real).mean(1), ssim(film, real).mean(1)
-    share = lambda x, none, full: (x - none) / (full - none)
-    kinds = {"psnr": (0, decibel), "ssim": (1, np.mean)}
-    for place, rows in (("", np.ones(len(cave), bool)), ("_caves", cave)):
-        for name in runs:
-            for measure, (i, mean) in kinds.items():
-                x, none, full = (scores[run][i][rows] for run in (name, "none", "all"))
-                n, unit = int(rows.sum()), "dB" if measure == "psnr" else "ssim"
-                key = f"labels_{name}{place}_{measure}"
-                entries[key] = *bootstrap(mean, x), n, unit
-                if name not in ("none", "all"):
-                    entries[f"{key}_share"] = *bootstrap(
-                        lambda *s, mean=mean: share(*map(mean, s)), x, none, full), n, "share"
+            film = dream_clips(run, z, actions, labelled, horizon)[:, context:]
+        scores[name] = squared_error(film, real), ssim(film, real)
+    interval = functools.partial(bootstrap, block=per_episode)
+    average = lambda x, rows: (x * rows).sum() / rows.sum()
+    kinds = {"psnr": (0, lambda x, rows: -10 * np.log10(average(x, rows)), "dB"),
+             "ssim": (1, average, "ssim")}
+    for place, rows in (("", np.ones_like(cave)), ("_caves", cave)):
+        for measure, (i, mean, unit) in kinds.items():
+            value = {name: score[i] for name, score in scores.items()}
+            n, none, full = int(rows.sum()), value["none"], value["all"]
+            for name in runs:
+                entries[f"labels_{name}{place}_{measure}"] = *interval(
+                    mean, value[name], rows), n, unit
+            entries[f"labels_gap{place}_{measure}"] = *interval(
+                lambda x, y, r, mean=mean: mean(y, r) - mean(x, r), none, full, rows), n, unit
+            for name in set(runs) - {"none", "all"}:
+                entries[f"labels_{name}{place}_{measure}_share"] = *interval(
+                    lambda x, y, z, r, mean=mean: (mean(y, r) - mean(x, r))
+                    / (mean(z, r) - mean(x, r)), none, value[name], full, rows), n, "share"
     return entries
 
 
 def symbol_entries(reader, shown, probes, context, interval):
-    """Accuracy of what the dream shows: cells by horizon, and over all single steps ("next") cells,
-    moved frames and inventory."""
+    """Accuracy of what the dream shows: cells by horizon, and over all single steps ("next") cells
+    and inventory; that of the reconstructions is as much as the tokenizer lets one see."""
     at = lambda t: {k: x[:, t] for k, x in probes.items()}
     horizon, entries = shown["dream"].shape[1], {}
     n = len(shown["dream"])
@@ -392,15 +415,19 @@ def symbol_entries(reader, shown, probes, context, interval):
                                        "share")
         wrong = [counts["known"] - counts[x] for x in ("right", "right_repeat")]
         entries[f"cell_error_to_repeat_h{h}"] = *interval(ratio, *wrong), known, "ratio"
-    steps = [symbol_counts(reader, shown["next"][:, t].cpu(), at(context + t - 1), at(context + t))
-             for t in range(horizon)]
-    total = {k: np.sum([s[k] for s in steps], 0) for k in steps[0]}
+    steps = {name: [symbol_counts(reader, shown[name][:, t].cpu(), at(context + t - 1),
+                                  at(context + t)) for t in range(horizon)]
+             for name in ("next", "recon")}
+    total, ceiling = ({k: np.sum([s[k] for s in counts], 0) for k in counts[0]}
+                      for counts in steps.values())
     wrong = [total["known"] - total[x] for x in ("right", "right_repeat")]
     for name, statistic, parts, count in (
             ("next_cell_accuracy", ratio, (total["right"], total["known"]), "known"),
             ("next_cell_error_to_repeat", ratio, wrong, "known"),
             ("next_changed_accuracy", ratio, (total["changed_right"], total["changed"]), "changed"),
-            ("inventory_f1", f1, [total[k] for k in ("hits", "events", "claims")], "events")):
+            ("inventory_f1", f1, [total[k] for k in ("hits", "events", "claims")], "events"),
+            ("inventory_f1_recon", f1, [ceiling[k] for k in ("hits", "events", "claims")],
+             "events")):
         entries[name] = *interval(statistic, *parts), int(total[count].sum()), "share"
     return entries
 
@@ -517,8 +544,8 @@ def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=IN
     for w in tqdm(range(worlds), desc="interactions"):
         env.reset(seed + w)
         player = env.player(rng_for(seed, "interactions", w), ("skilled", "average")[w % 2])
-        rows, here = collections.deque(maxlen=context), collections.Counter()
-        for _ in range(400):
+        rows, last = collections.deque(maxlen=context), {}
+        for step in range(400):
             action = player.act()
             frame, _, terminal = env.step(action)
             rows.append((frame, action, env.probe()))
@@ -527,17 +554,18 @@ def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=IN
             if len(rows) < context or player.me.sleeping or player.world.daylight < 0.5:
                 continue
             for kind, plan in interactions(player).items():
-                if kinds.count(kind) >= each or here[kind] >= 2:
-                    continue
+                if kinds.count(kind) >= each or step - last.get(kind, -50) < 50:
+                    continue                                # 50 steps apart: not one scene twice
                 if film := try_script(copy_env(env), kind, *plan):
                     frames, actions, probes = zip(*rows, *film, strict=True)
                     turn = lambda dicts: {k: [d[k] for d in dicts] for k in dicts[0]}
                     write_episode(path, len(kinds), frames, turn(actions),
                                   np.zeros((len(frames), len(env.spec.tasks))),
                                   np.ones(len(frames)), None, turn(probes))
-                    kinds.append(kind), here.update([kind])
+                    kinds.append(kind)
+                    last[kind] = step
     finish_dataset(path, env.spec, {"env": env_name, "kinds": kinds, "context": context,
-                                    "seed": seed})
+                                    "seed": seed, "version": INTERACTIONS})
 
 
 def judge(reader, kind, dreamed, real, before, after):
@@ -557,6 +585,10 @@ def judge(reader, kind, dreamed, real, before, after):
     known, was = in_sight(before, after)
     right = reader.semantic[texture] == after["probe_semantic"]
     altered = known & (was != after["probe_semantic"])
+    under = before["probe_semantic"].copy()             # a stone where the player stood before
+    under[:, 4, 3] = 2
+    placed = in_sight(before | {"probe_semantic": under}, after)[0] & (after["probe_semantic"] == 3)
+    altered |= placed & ~known
     return (player & ((items == true) | ~by_action).all(1) & (right | ~altered).all((1, 2))
             & ((known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))))
 
@@ -587,7 +619,7 @@ def evaluate_interactions(run, dataset, dtype="auto", picture=None):
         color = lambda ok: (60, 170, 90) if ok else (200, 40, 40)
         strips.append(np.concatenate([np.concatenate(
             [border(real[i, context - 1], (90, 90, 90)), border(dreamed[i, -1], color(good[i])),
-             border(real[i, -1], (90, 90, 90))], 1) for i in range(4)], 1))
+             border(real[i, -1], (90, 90, 90))], 1) for i in range(min(4, n))], 1))
     shares = np.array([x.mean() for x in passed.values()])
     spread = np.sqrt(sum(x.var() / len(x) for x in passed.values())) / len(passed)
     entries["interactions_pass_rate"] = (shares.mean(), shares.mean() - 1.96 * spread,
@@ -629,7 +661,7 @@ def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0,
         z = dream.imagine(action, labelled)
         dream.commit(z, action, labelled)
         if actor:
-            h = eyes.commit(z, action, labelled, task)[:, 0]
+            h = eyes.commit(z, action, labelled, actor.agent.prompt(task))[:, 0]
         if keep is None or t in keep:
             frames.append(z)
     return torch.cat(frames, 1)
@@ -665,14 +697,15 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
     components of random3d to real windows, and the share of cells that show a legal texture."""
     device, entries = run.device, {}
     episode, start, _ = dataset.sample(rng_for(0, "frechet", 0), 2 * n, length, split="all")
+    half = episode % 2 == 0                             # no episode in both halves
     real = random_features(torch.from_numpy(dataset.read(episode, start, length,
                                                          ["frames"])["frames"]))
     center, scale = real.mean(0), real.std(0)
     axes = np.linalg.svd((real - center) / scale, full_matrices=False)[2][:64].T
     project = lambda x: (x - center) / scale @ axes
     real = project(real)
-    entries["frechet_real"] = frechet(real[:n], real[n:]), None, None, n, "distance"
-    reader, k_of_run = reader_of(dataset), run.dynamics.cfg.k
+    entries["frechet_real"] = frechet(real[half], real[~half]), None, None, n, "distance"
+    reader, k_of_run, fakes = reader_of(dataset), run.dynamics.cfg.k, {}
     for k in ks:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k)
         frames = []
@@ -681,41 +714,58 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
                 z = dream_freely(run, min(256, n - i), length, actor, seed=i)
                 frames.append(run.tokenizer.decode(z).cpu())
         frames = torch.cat(frames)
-        fake, rng = project(random_features(frames)), np.random.default_rng(0)
-        draws = [frechet(real[:n], fake[rng.integers(n, size=n)]) for _ in range(100)]
-        entries[f"frechet_k{k}"] = (frechet(real[:n], fake),
-                                    *map(float, np.percentile(draws, [2.5, 97.5])), n, "distance")
+        fakes[k] = project(random_features(frames))
+        entries[f"frechet_k{k}"] = *bootstrap(lambda x: frechet(real, x), fakes[k], n=100), n, \
+            "distance"
         if reader:
             some = frames[:: max(1, n // 256), -1]
             legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
             entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
     run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k_of_run)
+    if {4, 16} <= set(ks):              # the same videos drawn again for both: what is shared goes
+        entries["frechet_k4_over_k16"] = *bootstrap(
+            lambda x, y: frechet(real, x) / frechet(real, y), fakes[4], fakes[16], n=100), n, \
+            "ratio"
     return entries
 
 
 @torch.no_grad()
 def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None):
-    """Dreams of `length` frames from one context of each reference episode, with recorded actions
-    (of the next episode, over and over): share of legal cells, every 50 frames."""
+    """Dreams of `length` frames from one context of each reference episode, early in the first ones
+    and late in the last, with the recorded actions of the episodes that follow -> every 50 frames
+    the share of legal cells and the map's brightness (dark cells are easily legal)."""
     device, reader = run.device, reader_of(dataset)
-    clips, actions = reference_clips(dataset, 1, max(64, context), device)
-    n, moments = len(clips["frames"]), np.arange(50, length + 1, 50) - 1
-    tiled = {k: x.roll(1, 0)[:, 1:].repeat(1, length // 63 + 1, *[1] * (x.ndim - 2))[:, :length]
-             for k, x in actions.items()}
-    keep = set(moments) | (set(range(0, length, 5)) if film else set())
+    long = [i for i in dataset.episodes("all") if dataset.lengths[i] >= context]
+    n = len(long)
+    start = np.array([(dataset.lengths[i] - context) * j // n for j, i in enumerate(long)])
+    clips, shown = to_tensors(dataset.read(long, start, context), device)
+    follow = []                                         # an episode's row 0 has no action
+    for j in range(n):
+        rows, i = [], j
+        while sum(map(len, rows)) < length:
+            i = (i + 1) % n
+            rows.append(np.arange(dataset.offsets[long[i]] + 1, dataset.offsets[long[i] + 1]))
+        follow.append(np.concatenate(rows)[:length])
+    everything = {k: np.concatenate([dataset.episode(i)[k] for i in range(len(dataset.lengths))])
+                  for k in shown}
+    actions = {k: torch.as_tensor(x[np.stack(follow)], device=device).to(shown[k].dtype)
+               for k, x in everything.items()}
+    frames, cache = [], run.tokenizer.new_cache()
     with autocast(device, dtype):
-        z = run.tokenizer.encode(clips["frames"][:, :context])
-        z = dream_freely(run, n, length, None, tiled, (
-            z, {k: x[:, :context] for k, x in actions.items()}, clips["labelled"][:, :context]),
-            keep=keep)
-        frames = run.tokenizer.decode(z.flatten(0, 1)[:, None])     # each by itself: far apart
-    frames = frames.cpu().numpy().reshape(n, len(keep), *frames.shape[2:])
-    entries, times = {}, sorted(keep)
-    for t in moments if reader else ():
-        legal = (reader.read(frames[:, times.index(t)])[2] < reader.LEGAL).mean((1, 2))
-        entries[f"legal_long_{t + 1}"] = *mean_interval(legal), n, "share"
+        z = run.tokenizer.encode(clips["frames"])
+        z = dream_freely(run, n, length, None, actions, (z, shown, clips["labelled"]))
+        for part in z.split(50, 1):                     # as one who watches all of it sees it
+            frames.append(run.tokenizer.decode(part, cache).cpu())
+    frames, entries, legal = torch.cat(frames, 1).numpy(), {}, {}
+    for t in range(50, length + 1, 50) if reader else ():
+        legal[t] = (reader.read(frames[:, t - 1])[2] < reader.LEGAL).mean((1, 2))
+        entries[f"legal_long_{t}"] = *mean_interval(legal[t]), n, "share"
+        bright = frames[:, t - 1, :56].mean((1, 2, 3)) / 255
+        entries[f"bright_long_{t}"] = *mean_interval(bright), n, "of white"
+    if 500 in legal:
+        entries["legal_long_500_minus_50"] = *mean_interval(legal[500] - legal[50]), n, "share"
     if film:
-        write_film(film, np.concatenate(list(frames[:4]), -2))
+        write_film(film, np.concatenate(list(frames[:4, ::5]), -2))
     return entries
 
 
@@ -1408,7 +1458,8 @@ def new_figure(rows, columns, size, pad=1.08):
 def picture_curves(folder, stage):
     """metrics.jsonl -> STAGE_curves.png, one small chart per logged key."""
     lines = [x for x in read_metrics(folder) if x["stage"] == stage]
-    keys = [k for k in (lines[-1] if lines else {}) if k not in ("stage", "step", "rate")]
+    keys = [k for k in dict.fromkeys(k for x in lines for k in x)
+            if k not in ("stage", "step", "rate")]
     if not keys:
         return
     rows = -(-len(keys) // 4)
@@ -1927,6 +1978,8 @@ def make_parser():
     parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
     parser.add_argument("--with", dest="others", default="", metavar="NAME=RUN,...",
                         help="labels: runs with other shares of labels, among them none=...")
+    parser.add_argument("--stage", choices=STAGES[1:], help="eval, world, labels: the stage "
+                        "that is judged, default the run's latest, labels: dynamics")
     parser.add_argument("--parts", default="rollouts,interactions,sampling,long",
                         help="world: which measures")
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
@@ -1996,7 +2049,7 @@ def evaluate_world_more(args, command):
 
 def open_run(args, settings, device):
     """The run and the reference set that it is judged by."""
-    run = load_run(args.run, None, device, args.dtype)
+    run = load_run(args.run, args.stage, device, args.dtype)
     if run.dynamics and args.k:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
@@ -2018,12 +2071,14 @@ def main():
         print(results_table(read_results(folder)))
     elif args.command == "labels":
         device, settings = pick_device(args.device), data_config(folder)
+        args.stage = args.stage or "dynamics"           # as many steps in all of them
         run, dataset = open_run(args, settings, device)
         others = dict(pair.split("=", 1) for pair in args.others.split(",") if "=" in pair)
         if "none" not in others:
             raise UserError(f"Got --with {args.others!r}, need none=RUN,NAME=RUN,...: the run "
                             "without labels and those in between; --run is the one with all.")
-        runs = {"all": run} | {k: load_run(r, None, device, args.dtype) for k, r in others.items()}
+        runs = {"all": run} | {k: load_run(r, args.stage, device, args.dtype)
+                               for k, r in others.items()}
         add_results(folder, "python play.py " + " ".join(sys.argv[1:]),
                     evaluate_labels(runs, dataset, args.dtype))
         print(results_table(read_results(folder)))

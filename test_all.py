@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 import zlib
 from copy import deepcopy
@@ -1775,6 +1776,55 @@ def test_interactions_are_judged_by_their_outcome(tmp_path):
             assert not play.judge(reader, kind, shown, real, before, after)[0], kind
 
 
+def test_a_wall_has_no_hole_where_the_player_stood():
+    """Fails if the cell that the player left, whose ground no frame showed, is not judged."""
+    reader = types.SimpleNamespace(semantic=np.arange(20),
+                                   read=lambda cells, *_: (cells, np.zeros((1, 16), int), None))
+    probes = [{"probe_semantic": np.full((1, 9, 7), 2), "probe_inventory": np.zeros((1, 16), int),
+               "probe_player": np.array([[255, 0, 5, y]])} for y in (8, 7)]     # one step up
+    for probe in probes:
+        probe["probe_semantic"][0, 4, 3] = 13
+    whole = probes[1]["probe_semantic"]
+    whole[0, 4, 4] = 3                                              # a stone where it stood
+    hole = whole.copy()
+    hole[0, 4, 4] = 2
+    judge = lambda shown: play.judge(reader, "wall_of_three", shown, whole, *probes)[0]
+    assert judge(whole) and not judge(hole)
+    probes[1]["probe_semantic"] = whole.copy()
+    probes[1]["probe_semantic"][0, 4, 4] = 5                        # control: sand may lie there
+    assert judge(hole)
+
+
+def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, paint):
+    """Fails if a dream gets another episode's actions, or one of its own context or of a row 0,
+    all start at an episode's first frame, or the frames judged are others than named."""
+    run, got = key_run(), {}
+    run.spec = replace(run.spec, actions=paint.spec.actions)
+
+    def freely(run, n, length, actor, actions, context):
+        got.update(actions=actions, context=context)
+        return torch.zeros(n, length, 2, 6)
+
+    monkeypatch.setattr(play, "dream_freely", freely)
+    real = data.Dataset.read
+    monkeypatch.setattr(data.Dataset, "read", lambda self, episode, start, *rest: got.update(
+        start=start) or real(self, episode, start, *rest))
+    monkeypatch.setattr(play, "reader_of", lambda dataset: types.SimpleNamespace(
+        LEGAL=20, read=lambda frames: (0, 0, np.full((len(frames), 9, 7), 10.0))))
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, z, cache: torch.full(
+        (*z.shape[:2], 72, 72, 3), 51, dtype=torch.uint8))
+    entries = play.evaluate_long(run, paint, length=100, context=6, dtype="fp32")
+    assert entries["legal_long_100"][:1] == (1.0,) and "legal_long_50" in entries
+    assert abs(entries["bright_long_50"][0] - 0.2) < 1e-6 and len(got["start"]) == 25
+    assert len(set(got["start"])) > 10 and got["start"][0] == 0
+    keys = got["actions"]["categorical"]
+    assert keys.shape == (25, 100, 1) and got["context"][0].shape[1] == 6
+    recorded = [paint.episode(i)["categorical"][1:] for i in range(25)]
+    for j in (0, 23):
+        follow = np.concatenate([recorded[(j + k) % 25] for k in range(1, 9)])[:100]
+        assert np.array_equal(keys[j], follow)
+
+
 def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
     """Fails if the share counts frames, caves are not caves, or the batch ignores it."""
     job = train.Job(None, None, train.DataConfig(labels=0.2), None,
@@ -1796,9 +1846,12 @@ def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
 def test_label_shares_lie_between_none_and_all(monkeypatch):
     """Fails if the share is of the wrong gap: as good as none is 0, as all is 1."""
     shown = {"none": 90, "half": 120, "all": 150}
-    monkeypatch.setattr(play, "dream_clips", lambda run, z, *rest: torch.full(
-        (8, 32, 72, 72, 3), shown[run.stage], dtype=torch.uint8))
-    clips = {"frames": torch.full((8, 32, 72, 72, 3), 160, dtype=torch.uint8), "labelled": None,
+    told = {}
+    monkeypatch.setattr(play, "dream_clips", lambda run, z, a, labelled, horizon: told.update(
+        {run.stage: labelled.all().item()}) or torch.full((8, 32, 72, 72, 3), shown[run.stage],
+                                                          dtype=torch.uint8))
+    clips = {"frames": torch.full((8, 32, 72, 72, 3), 160, dtype=torch.uint8),
+             "labelled": torch.ones(8, 32, dtype=torch.bool),
              "where": (np.zeros(8, int), np.zeros(8, int))}
     clips["frames"][:4] += 5
     monkeypatch.setattr(play, "reference_clips", lambda *rest: (clips, {}))
@@ -1809,11 +1862,14 @@ def test_label_shares_lie_between_none_and_all(monkeypatch):
     runs = {name: Run(None, name, None, tokenizer) for name in shown}
     entries = play.evaluate_labels(runs, None, "fp32")
     assert entries["labels_none_psnr"][0] < entries["labels_half_psnr"][0]
+    assert told == {"none": False, "half": True, "all": True}           # what it never learned
     p = {name: -10 * math.log10(np.mean([(v - 165) ** 2, (v - 160) ** 2]) / 255 ** 2)
          for name, v in shown.items()}
     share = (p["half"] - p["none"]) / (p["all"] - p["none"])
     assert abs(entries["labels_half_psnr_share"][0] - share) < 1e-5
-    assert entries["labels_half_caves_psnr_share"][3] == 4
+    assert entries["labels_half_caves_psnr_share"][3] == 4 * 16
+    assert abs(entries["labels_gap_psnr"][0] - p["all"] + p["none"]) < 1e-5
+    assert abs(entries["labels_all_caves_psnr"][0] + 20 * math.log10(10 / 255)) < 1e-5
 
 
 def test_free_dreams_start_from_nothing():
@@ -2002,7 +2058,7 @@ def test_readme_commands_parse():
     """Fails if the README shows a command that the programs refuse."""
     text = (REPO / "README.md").read_text()
     lines = [*re.findall("`([^`\n]+)`", text), *(x for x in text.splitlines() if "`" not in x)]
-    commands = [part for line in lines for part in line.split("&&") if "python" in part]
+    commands = [part for line in lines for part in re.split(r"&&|\|\|", line) if "python" in part]
     seen = 0
     for words in (shlex.split(c.split("#")[0].replace("$s", "1")) for c in commands):
         if "--help" in words:

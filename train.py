@@ -789,18 +789,21 @@ def draw_single(rows, total, share, rng, job):
 @torch.no_grad()
 def rollout_check(job, run, n=16, context=16, horizon=4):
     """A light look at dreams while training: PSNR `horizon` frames ahead on validation clips, with
-    true actions and minus that with shuffled ones (same noise). {} where episodes are too short."""
+    true actions and minus that with shuffled ones (same noise and contexts). {} where episodes are
+    too short."""
     data = job.dataset
     if data.lengths[data.episodes("valid")].max() < context + horizon:
         return {}
     episode, start, _ = data.sample(rng_for(job.args.seed, "check", 0), n, context + horizon,
                                     split="valid")
     clips, actions = play.to_tensors(data.read(episode, start, context + horizon), job.device)
+    shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(1, 0)], 1)
+                for k, x in actions.items()}
     with autocast(job.device, job.args.dtype):
         z = run.tokenizer.encode(clips["frames"])
         psnr = [float(play.decibel(play.squared_error(play.dream_clips(
             run, z, a, clips["labelled"], horizon)[:, -1:], clips["frames"][:, -1:]))[0])
-            for a in (actions, {k: x.roll(1, 0) for k, x in actions.items()})]
+            for a in (actions, shuffled)]
     return {f"rollout_psnr_h{horizon}": torch.tensor(psnr[0]),
             f"rollout_minus_shuffled_h{horizon}": torch.tensor(psnr[0] - psnr[1])}
 
@@ -1080,7 +1083,8 @@ def run_stage(job, stage, reference, note_time):
     seconds = open_stage(job, stage).meta.get("seconds")      # reads back what was written
     if rank():
         return
-    play.write_json(job.folder / "config.json", job.configs)
+    if trained or not (job.folder / "config.json").exists():
+        play.write_json(job.folder / "config.json", job.configs)
     if trained or not (job.folder / f"{stage}_curves.png").exists():
         pictures(job, stage, reference)
     if trained:
