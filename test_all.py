@@ -1690,6 +1690,42 @@ def test_symbol_counts_of_truth_and_of_standing_still():
     assert play.f1(np.array([2]), np.array([3]), np.array([5])) == 0.5
 
 
+def test_world_is_judged_frame_by_frame(tmp_path, monkeypatch):
+    """Fails if shuffled actions are of the same episode or change the context, "moved" frames are
+    others than those that scrolled, or the ceilings are not those of the reconstruction. A stub
+    model shows the last true frame; a stub tokenizer flips each pixel's last bit."""
+    asked, crafter = [], data.record("crafter", tmp_path, 3, 60, 3, skill="skilled")
+
+    class Stub:
+        latent_std, encode, decode = torch.ones(1), lambda self, x: x, lambda self, z: z ^ 1
+
+    def dream_clips(run, z, actions, labelled, horizon, seed=0, forced=False):
+        asked.append(actions["categorical"])
+        return torch.cat([z[:, :-horizon], z[:, -horizon - 1:-horizon].expand(
+            -1, horizon, -1, -1, -1)], 1)
+
+    monkeypatch.setattr(play, "dream_clips", dream_clips)
+    run = Run(None, "dynamics", crafter.spec, Stub(), dynamics=True)
+    entries = play.evaluate_world(run, crafter, "fp32", per_episode=2, context=4, horizon=8)
+    clips, _ = play.reference_clips(crafter, 2, 12, "cpu")
+    true, shuffled, _ = asked
+    assert torch.equal(true, clips["categorical"]) and torch.equal(true[:, :4], shuffled[:, :4])
+    rows = [np.flatnonzero([torch.equal(x[4:], y[4:]) for y in true]) for x in shuffled]
+    episode = clips["where"][0]
+    assert all((episode[j] != episode[i]).any() for i, j in enumerate(rows))
+    place = play.read_probes(crafter, *clips["where"], 12)["probe_player"][:, :, 2:].astype(int)
+    for h in (1, 4, 8):
+        moved = (place[:, 3 + h] != place[:, 2 + h]).any(1)
+        gap = clips["frames"][moved, 3 + h].float() - clips["frames"][moved, 3].float()
+        psnr = -10 * math.log10(gap.div(255).square().mean())
+        assert abs(entries[f"dream_moved_psnr_db_h{h}"][0] - psnr) < 1e-3
+        assert entries[f"repeat_moved_psnr_db_h{h}"][3] == moved.sum() > 0
+    flipped = -20 * math.log10(1 / 255)
+    assert abs(entries["recon_psnr_db_h4"][0] - flipped) < 1e-3
+    assert entries["tokenizer_inventory_accuracy"][0] == entries["inventory_f1_recon"][0] == 1
+    assert entries["inventory_f1"][0] < 1 and entries["dream_minus_repeat_db_least_h1_16"][0] == 0
+
+
 def test_ssim_equals_a_naive_loop():
     """Fails if window, constants or the covariance are wrong."""
     rng = np.random.default_rng(0)
