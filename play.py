@@ -632,8 +632,8 @@ def evaluate_interactions(run, dataset, dtype="auto", picture=None):
 # ------------------------------------------------------------ sampling steps, long and free dreams
 
 @torch.no_grad()
-def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0, keep=None):
-    """Dreams of n rows -> latents (n, T, S_z, Z) of the frames in `keep` (default: all).
+def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0):
+    """Dreams of n rows -> latents (n, length, S_z, Z).
 
     From nothing (the first frame has no action and no past), or on from context, a tuple of z,
     actions, labelled. The actions are `actions` (n, length, .), or sampled by the BC policy of the
@@ -662,8 +662,7 @@ def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0,
         dream.commit(z, action, labelled)
         if actor:
             h = eyes.commit(z, action, labelled, actor.agent.prompt(task))[:, 0]
-        if keep is None or t in keep:
-            frames.append(z)
+        frames.append(z)
     return torch.cat(frames, 1)
 
 
