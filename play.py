@@ -1198,8 +1198,9 @@ def agent_entries(spec, firsts, length):
     each rung, and agents whose names begin with "rl" against all others.
 
     Intervals are over the runs where there are several, else over the worlds (they tell what other
-    runs would give on this world model and these worlds). Against "bc" the success of each rung is
-    tested: paired t over runs, or McNemar over the worlds of one; Holm over rungs.
+    runs would give on this world model and these worlds); of success the wider of that and Wilson's
+    of all episodes. Against "bc" the success of each rung is tested: paired t over runs, or McNemar
+    over the worlds of one; Holm over rungs.
     """
     entries, rungs = {}, [spec.tasks.index(rung) for rung in spec.rungs]
 
@@ -1215,8 +1216,11 @@ def agent_entries(spec, firsts, length):
             entries[f"ladder_{agent}_run{i}"] = *mean_interval(row), len(row), "rungs"
         for rung, task in zip(spec.rungs, rungs, strict=True):
             done, n = np.isfinite(first[..., task]), scores.size
-            entries[f"success_{agent}_{rung}"] = (*over(done), "share") if len(done) > 1 else (
-                done.mean(), *wilson(int(done.sum()), n), n, "share")
+            low, high = wilson(int(done.sum()), n)
+            if len(done) > 1:                           # runs without any success don't differ
+                few = t_interval(done.mean(1))
+                low, high = max(min(low, few[1]), 0.0), min(max(high, few[2]), 1.0)
+            entries[f"success_{agent}_{rung}"] = done.mean(), low, high, n, "share"
             entries[f"time_{agent}_{rung}"] = *over(np.minimum(first[..., task], length)), "steps"
     pairs = [(a, b) for a in firsts if a.startswith("rl") for b in firsts if b[:2] != "rl"]
     for a, b in [*pairs, ("bc", "random")]:
@@ -1556,7 +1560,7 @@ PICTURES = (("rollouts.png", "PSNR and SSIM by horizon"),
             ("long.gif", "500 dreamed frames"),
             ("tokenizer_reconstructions.png", "Real frames (above) and their reconstructions"),
             ("dream.gif", "Dreams (left of each pair, orange border) beside reality (right)"),
-            ("success.png", "Success by rung of the ladder, 95 % Wilson intervals"),
+            ("success.png", "Success by rung of the ladder, 95 % intervals"),
             ("times.png", "Restricted mean time to each rung, 95 % intervals"),
             ("imagined.png", "Imagined rollouts of the policy: predicted rewards r and values v"),
             ("episode_bc.gif", "A real episode of the BC policy"),

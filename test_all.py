@@ -1425,6 +1425,9 @@ def test_comparison_of_agents_against_known_values():
     less[..., 0][np.arange(20) < np.array([4, 6, 2, 5, 3])[:, None]] = inf
     many = play.agent_entries(spec, {"bc": less, "rl": always}, 10)
     assert abs(many["p_rl_bc_four"][0] - 2 * 0.00481) < 1e-4        # t = 5.657; worlds not pooled
+    runs = play.t_interval([0.8, 0.7, 0.9, 0.75, 0.85])             # the wider interval of the two
+    assert abs(many["success_bc_four"][1] - runs[1]) < 1e-9 and runs[1] < play.wilson(80, 100)[0]
+    assert many["success_rl_four"][1:3] == (play.wilson(100, 100)[0], 1.0)
     one = play.agent_entries(spec, {"bc": bc[:1], "rl": rl[:1]}, 10)
     assert one["p_rl_bc_four"][0] == 1.0 and one["success_bc_four"][1:3] == play.wilson(1, 2)
     assert "ladder_rl_minus_bc" not in play.agent_entries(
