@@ -1503,7 +1503,8 @@ def picture_rollouts(path, errors, likeness):
 
 def agents_in(results, spec):
     """Names of the agents whose success is known, worst first."""
-    names = [k[7:] for k in results if f"success_{k[7:]}_{(spec.rungs or ('',))[0]}" in results]
+    names = [k.removeprefix("ladder_") for k in results if k.startswith("ladder_")]
+    names = [k for k in names if f"success_{k}_{(spec.rungs or ('',))[0]}" in results]
     return sorted(names, key=lambda name: results[f"ladder_{name}"]["value"])
 
 
@@ -1512,16 +1513,16 @@ def picture_rungs(path, spec, results, measure):
     agents = [a for a in agents_in(results, spec) if f"{measure}_{a}_{spec.rungs[0]}" in results]
     if not agents:
         return
-    figure, ((axis,),) = new_figure(1, 1, (11, 3.6))
+    figure, ((axis,),) = new_figure(1, 1, (13, 3.6))
     for i, agent in enumerate(agents):
         rows = [results[f"{measure}_{agent}_{rung}"] for rung in spec.rungs]
         value = np.array([r["value"] for r in rows])
         error = np.abs(np.array([[r["low"], r["high"]] for r in rows]).T - value)
-        axis.bar(np.arange(len(rows)) + 0.8 * i / len(agents), value, 0.8 / len(agents),
-                 yerr=error, label=agent, capsize=2)
-    axis.set_xticks(np.arange(len(spec.rungs)) + 0.3, spec.rungs, rotation=25, ha="right")
+        axis.bar(np.arange(len(rows)) + 0.84 * i / len(agents), value, 0.84 / len(agents),
+                 yerr=error, label=agent, error_kw={"elinewidth": 0.8})
+    axis.set_xticks(np.arange(len(spec.rungs)) + 0.4, spec.rungs, rotation=25, ha="right")
     axis.set_ylabel("success" if measure == "success" else "steps, failures count in full")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=80)
 
 

@@ -1406,8 +1406,10 @@ def test_comparison_of_agents_against_known_values():
     # 2 runs, 2 worlds, 2 tasks and death
     bc = np.array([[[3, inf, inf], [inf, inf, 8]], [[5, inf, 9], [7, inf, inf]]])
     rl = np.array([[[2, inf, inf], [4, 8, inf]], [[1, 9, inf], [3, inf, inf]]])
-    got = play.agent_entries(spec, {"bc": bc, "rl": rl, "rlcool": bc + 1,
+    got = play.agent_entries(spec, {"bc": bc, "rl": rl, "rlcool": bc + 1, "cool": bc,
                                     "random": bc[:1] * inf}, 10)
+    named = {k: {"value": entry[0]} for k, entry in got.items()}
+    assert play.agents_in(named, spec) == ["random", "bc", "rlcool", "cool", "rl"]
     assert got["ladder_rlcool_minus_bc"][0] == 0 and "ladder_rl_minus_rlcool" not in got
     assert got["ladder_bc"][0] == 0.75 and got["ladder_rl"][0] == 1.5
     assert got["life_bc"][0] == (10 + 8 + 9 + 10) / 4 and got["life_rl"][0] == 10
