@@ -32,7 +32,7 @@ class DynamicsConfig:
     registers: int = 2
     action_tokens: int = 1
     context: int = 32           # 192 frames
-    time_every: int = 4         # 4
+    time_every: int = 2         # 4
     dense: bool = False         # True: block-causal attention over all tokens (first table rows)
     soft_cap: float = 50.0
     k_max: int = 16             # finest step: d_min = 1 / k_max
