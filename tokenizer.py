@@ -1,7 +1,7 @@
 """Efficient transformer (Dreamer 4, Section 3.4) and causal tokenizer (Section 3.1).
 
 Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, soft cap, GQA,
-                                                space layers with one time layer in every four
+                                                space layers and, among them, time layers
 Section 3.1  Tokenizer                          frames -> tanh latents -> frames, causal in time
 Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running RMS
 Shape letters, here and everywhere: B batch, T frames, S tokens in a frame, D width,
