@@ -503,6 +503,14 @@ def test_transformer_is_causal_and_windowed(dense):
     assert by_frame[2:5].min() > 1e-3                               # control
 
 
+@pytest.mark.parametrize("layers, every, order", [(4, 4, "ssts"), (4, 2, "stst"), (4, 3, "stss"),
+                                                  (6, 3, "stssts"), (8, 4, "sstsssts")])
+def test_order_of_space_and_time_layers(layers, every, order):
+    """Fails if time layers stand elsewhere: how well a dream moves depends on it (README)."""
+    cfg = TokenizerConfig(dim=16, heads=4, kv_heads=2, time_every=every)
+    assert "".join(block.kind[0] for block in Transformer(cfg, layers).blocks) == order
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_cache_equals_full_forward(dense):
     """Fails if RoPE offset, window or ring slots are wrong: frame by frame, in chunks, and past
