@@ -837,8 +837,10 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=()):
-        """Draw n windows of `length` rows inside episodes -> episode, start, task: int64 (n,).
+    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=(),
+               first=None):
+        """Draw n windows of `length` rows inside episodes (the `first` ones, of those that the
+        split has) -> episode, start, task: int64 (n,).
 
         Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
         happen, one of its events, a window with that event in one of its rows `ahead`, (first,
@@ -846,7 +848,8 @@ class Dataset:
         draw these alone.
         """
         episodes = self.episodes(split)
-        episodes = episodes[self.lengths[episodes] >= length]
+        episodes = episodes[(self.lengths[episodes] >= length) & (
+            episodes < (len(self.lengths) if first is None else first))]
         if not len(episodes):
             raise UserError(f"got windows of {length} frames for {split!r} of {self.path}; need "
                             f"episodes as long, not {self.lengths.max()}; do: shorten the windows")

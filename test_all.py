@@ -1875,13 +1875,22 @@ def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, paint):
 
 
 def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
-    """Fails if the share counts frames, caves are not caves, or the batch ignores it."""
+    """Fails if the share counts frames, caves are not caves, the batch ignores it, or rows with
+    known actions are as rare in a batch as in the recordings."""
     job = train.Job(None, None, train.DataConfig(labels=0.2), None,
                     {"agent": {"prompts": True}}, torch.device("cpu"), paint)
     assert job.known.sum() == paint.offsets[5] and job.known[:paint.offsets[5]].all()
     latents = np.zeros((paint.frames_total, 1, 1), np.float32)
-    batch, _ = train.latent_batch(job, latents, np.random.default_rng(0), 64, 0, 5)
-    assert 0.05 < batch["labelled"].float().mean() < 0.35
+    labelled = lambda job, *args, **more: train.latent_batch(
+        job, latents, np.random.default_rng(0), *args, **more)[0]["labelled"][:, -1].float()
+    rows = labelled(job, 400, 50, 5)            # from anywhere, from the first five, with an event
+    assert rows[200:400].all() and 0.1 < rows[:200].mean() < 0.35 and rows[400:].mean() < 0.5
+    assert not labelled(job, 64, 0, 5, split="valid").any()     # episode 19: not one of the first
+    none = replace(job, data=train.DataConfig(labels=0.0))
+    assert not labelled(none, 64, 0, 5).any()
+    one = replace(job, data=train.DataConfig(labels=0.04))      # its one episode may be too short
+    assert 0 < labelled(one, 64, 0, 5).mean() and not labelled(
+        one, 64, 0, int(paint.lengths[0]) + 1).any()
     dataset = data.record("crafter", tmp_path, 1, 250, 3, skill="skilled")
     known = train.known_actions(replace(job, data=train.DataConfig(labels_above=True),
                                         dataset=dataset))

@@ -124,9 +124,15 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "train.tokenizer_steps": 60, "train.dynamics_steps": 40, "train.agent_steps": 20,
               "train.imagine_steps": 6, "train.batch": 12, "train.compile": False,
               "train.log_every": 5, "agent.horizon": 6, "train.imagine_batch": 16},
-    "cpu_long": {"data.episodes": 1200, "dynamics.layers": 6, "dynamics.time_every": 3,
-                 "train.tokenizer_steps": 3000, "train.dynamics_steps": 20000,
-                 "train.agent_steps": 5000, "train.imagine_steps": 540, "data.eval_episodes": 200},
+    # a token for each cell of Crafter's grid: 2 to 3 times the work of a frame, far fewer steps
+    "cpu_long": {"data.episodes": 640, "tokenizer.patch": 8, "tokenizer.cell": 0,
+                 "tokenizer.latents": 81, "tokenizer.channels": 8, "tokenizer.dim": 128,
+                 "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.encoder_layers": 3,
+                 "tokenizer.decoder_layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
+                 "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
+                 "train.batch": 16, "train.imagine_batch": 16, "train.tokenizer_steps": 500,
+                 "train.dynamics_steps": 2900, "train.agent_steps": 2400,
+                 "train.imagine_steps": 540, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
             "dynamics.layers": 12, "dynamics.time_every": 3, "dynamics.heads": 12,
@@ -737,10 +743,15 @@ def make_latents(job, tokenizer):
     return np.load(path, mmap_mode="r")
 
 
+def labelled_episodes(job):
+    """How many episodes, in order, have their actions known."""
+    return round(job.data.labels * len(job.dataset.lengths))
+
+
 def known_actions(job):
     """(frames,) bool: whose action the dynamics may see (Section 4.4, unlabelled video)."""
     data, cfg = job.dataset, job.data
-    known = np.arange(data.frames_total) < data.offsets[round(cfg.labels * len(data.lengths))]
+    known = np.arange(data.frames_total) < data.offsets[labelled_episodes(job)]
     if cfg.labels_above:
         probes = [play.read_probes(data, [i], [0], n) for i, n in enumerate(data.lengths)]
         if not all(probes):
@@ -755,11 +766,15 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
     as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues,
     task (B, T), events (B, T, tasks). ladder: tasks of its prompts alone, and uniform rows have
-    that which it would ask for at their end."""
+    that which it would ask for at their end. Where a part of the training episodes has its actions
+    labelled, half of the uniform rows are from those, or their actions would be seldom seen."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
-    parts = [job.dataset.sample(rng, n, length, r, split, ahead, tasks)
-             for n, r in ((uniform, False), (relevant, True)) if n]
+    first, train = labelled_episodes(job), job.dataset.episodes("train")
+    few = (train < first) & (job.dataset.lengths[train] >= length)
+    some = uniform // 2 if split == "train" and few.any() and job.data.labels < 1 else 0
+    parts = [job.dataset.sample(rng, n, length, r, split, ahead, tasks, of) for n, r, of in (
+        (uniform - some, False, None), (some, False, first), (relevant, True, None)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
     if tasks:
