@@ -694,7 +694,7 @@ def frechet(real, fake):
 def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=16, dtype="auto"):
     """The paper's Figure 8: videos from nothing for each K, the Frechet distance of 64 principal
     components of random3d to real windows, and the share of cells that show a legal texture."""
-    device, entries = run.device, {}
+    device, entries, run = run.device, {}, dataclasses.replace(run, dynamics=compiled(run))
     episode, start, _ = dataset.sample(rng_for(0, "frechet", 0), 2 * n, length, split="all")
     half = episode % 2 == 0                             # no episode in both halves
     real = random_features(torch.from_numpy(dataset.read(episode, start, length,
@@ -704,14 +704,14 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
     project = lambda x: (x - center) / scale @ axes
     real = project(real)
     entries["frechet_real"] = frechet(real[half], real[~half]), None, None, n, "distance"
-    reader, k_of_run, fakes = reader_of(dataset), run.dynamics.cfg.k, {}
+    reader, fakes = reader_of(dataset), {}
     for k in ks:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k)
         frames = []
         with autocast(device, dtype):
-            for i in range(0, n, 256):
-                z = dream_freely(run, min(256, n - i), length, actor, seed=i)
-                frames.append(run.tokenizer.decode(z).cpu())
+            for i in range(0, n, 64):
+                z = dream_freely(run, min(64, n - i), length, actor, seed=i)
+                frames += [run.tokenizer.decode(x).cpu() for x in z.split(16)]
         frames = torch.cat(frames)
         fakes[k] = project(random_features(frames))
         entries[f"frechet_k{k}"] = *bootstrap(lambda x: frechet(real, x), fakes[k], n=100), n, \
@@ -720,7 +720,6 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
             some = frames[:: max(1, n // 256), -1]
             legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
             entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
-    run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k_of_run)
     if {4, 16} <= set(ks):              # the same videos drawn again for both: what is shared goes
         entries["frechet_k4_over_k16"] = *bootstrap(
             lambda x, y: frechet(real, x) / frechet(real, y), fakes[4], fakes[16], n=100), n, \
@@ -858,6 +857,15 @@ def imagination_rate(model, agent, B, context, horizon, device, dtype, kind=Drea
         return B * horizon / seconds(rollout, repeats, device)
 
 
+def compiled(run):
+    """A copy of the run's dynamics, compiled where training does so: for many dreams of one shape."""
+    world = copy.deepcopy(run.dynamics)
+    if run.meta["config"]["train"]["compile"]:
+        from train import compile_module                # later in the order of imports
+        compile_module(world, run.device)
+    return world
+
+
 @torch.no_grad()
 def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
@@ -866,10 +874,7 @@ def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     entries = {"dream_fps_batch1": entry(dream_rate(
         run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
     if run.agent:
-        world, agent = copy.deepcopy(run.dynamics), run.agent
-        if run.meta["config"]["train"]["compile"]:      # as training does it
-            from train import compile_module
-            compile_module(world, device)
+        world, agent = compiled(run), run.agent
         entries["imagined_frames_per_s"] = entry(imagination_rate(
             world, agent, 64, agent.cfg.context, agent.cfg.horizon, device, dtype), rollouts)
     return entries
@@ -1967,6 +1972,10 @@ def film_actions(args):
     return np.stack(session.film)
 
 
+def whole_numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1991,6 +2000,8 @@ def make_parser():
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
     parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
+    parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...", type=whole_numbers,
+                        help="world: the sampling steps that are compared")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
     parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise, or world")
@@ -2046,7 +2057,7 @@ def evaluate_world_more(args, command):
             run, interaction_set(settings["env"]), args.dtype, folder / "interactions.png"),
         "sampling": lambda: evaluate_sampling(
             run, dataset, load_run(args.policy or folder, "agent", device, args.dtype),
-            dtype=args.dtype),
+            args.ks, dtype=args.dtype),
         "long": lambda: evaluate_long(run, dataset, dtype=args.dtype, film=folder / "long.gif")}
     for part in parts:
         print(f"Measuring {part}.", flush=True)

@@ -12,7 +12,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import filecmp
@@ -1027,9 +1026,6 @@ def main():
     args.dtype = pick_dtype(device, args.dtype)
     if configs["tokenizer"]["lpips"]:
         lpips_loss()                                # missing? say so before anything is recorded
-    if device.type == "cpu" and sys.platform == "linux":    # keep big buffers instead of returning
-        for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):        # them to the system
-            ctypes.CDLL(None).mallopt(knob, value)
     device = join_processes(device)
     data, folder = DataConfig(**configs["data"]), Path("runs") / args.run
     command = "python train.py " + " ".join(sys.argv[1:])
