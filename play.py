@@ -860,7 +860,7 @@ def imagination_rate(model, agent, B, context, horizon, device, dtype, kind=Drea
 
 
 def compiled(run):
-    """A copy of the run's dynamics, compiled where training does so: for many dreams of one shape."""
+    """A copy of the run's dynamics, compiled where training is: for many dreams of one shape."""
     world = copy.deepcopy(run.dynamics)
     if run.meta["config"]["train"]["compile"]:
         from train import compile_module                # later in the order of imports
