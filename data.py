@@ -51,8 +51,8 @@ class UserError(ValueError):
 
 
 def keep_buffers():
-    """Let glibc keep big buffers instead of returning them to the system: a third of the time of
-    dreaming on a CPU went into getting them back."""
+    """Let glibc keep big buffers instead of returning them to the system: in an evaluation of
+    dreams on a CPU a third of the time went into getting them back."""
     for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)) if sys.platform == "linux" else ():
         ctypes.CDLL(None).mallopt(knob, value)
 
