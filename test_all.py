@@ -1902,11 +1902,12 @@ def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
 
 
 def test_label_shares_lie_between_none_and_all(monkeypatch):
-    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1."""
+    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; or if frames are
+    encoded again for the same tokenizer, or not for another one."""
     shown = {"none": 90, "half": 120, "all": 150}
-    told = {}
+    told, latents = {}, {}
     monkeypatch.setattr(play, "dream_clips", lambda run, z, a, labelled, horizon: told.update(
-        {run.stage: labelled.all().item()}) or torch.full((8, 32, 72, 72, 3), shown[run.stage],
+        {run.stage: labelled.all().item()}) or latents.update({run.stage: z}) or torch.full((8, 32, 72, 72, 3), shown[run.stage],
                                                           dtype=torch.uint8))
     clips = {"frames": torch.full((8, 32, 72, 72, 3), 160, dtype=torch.uint8),
              "labelled": torch.ones(8, 32, dtype=torch.bool),
@@ -1918,7 +1919,10 @@ def test_label_shares_lie_between_none_and_all(monkeypatch):
     monkeypatch.setattr(play, "read_probes", lambda *rest: {"probe_semantic": cells})
     tokenizer = Tokenizer(TokenizerConfig(dim=16))
     runs = {name: Run(None, name, None, tokenizer) for name in shown}
+    runs["all"] = replace(runs["all"], tokenizer=randomize(deepcopy(tokenizer)))
     entries = play.evaluate_labels(runs, None, "fp32")
+    assert latents["half"] is latents["none"]
+    assert not torch.allclose(latents["all"], latents["none"], atol=1e-3)
     assert entries["labels_none_psnr"][0] < entries["labels_half_psnr"][0]
     assert told == {"none": False, "half": True, "all": True}           # what it never learned
     p = {name: -10 * math.log10(np.mean([(v - 165) ** 2, (v - 160) ** 2]) / 255 ** 2)
