@@ -30,6 +30,7 @@ class AgentConfig:
     mtp: int = 8                # L = 8: heads predict distances 0 .. L
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done, to be cloned
+    ladder: float = 0.5         # 0: of those, share whose task is one of the prompt ladder's
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
     prompts: bool = True        # False: the policy isn't told its task ("notask")
@@ -49,7 +50,7 @@ class AgentConfig:
 
     def __post_init__(self):
         check_config("agent", self, zero=("mtp",))
-        for name in ("relevant", "gamma", "lam", "pmpo_alpha"):
+        for name in ("relevant", "ladder", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
         if self.relevant == 1:

@@ -925,8 +925,8 @@ def bench(device, dtype="auto"):
         print(f"{name:34s} {value:10.4g} {unit}", flush=True)
 
     def model(dim=256, layers=4, **more):
-        cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers,
-                             context=64, **more)
+        cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers, heads=4,
+                             kv_heads=2, time_every=2, context=64, **more)
         return Dynamics(cfg, spec).to(device)
 
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -941,7 +941,8 @@ def bench(device, dtype="auto"):
         frames, flops = training_rate(net, loss, B * T, device, dtype)
         note(f"{name}_training", frames, "frames/s")
         note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
-    pinned = TokenizerConfig(latents=16, channels=32, local=False, cell=0)
+    pinned = TokenizerConfig(patch=24, dim=256, encoder_layers=4, decoder_layers=4, heads=4,
+                             kv_heads=2, latents=16, channels=32, local=False)
     pixels = torch.randn(16, 8, 72, 72, 3, device=device)
     for name, cfg in (("tokenizer", pinned), ("tokenizer_default", TokenizerConfig())):
         net = Tokenizer(cfg).to(device)
@@ -2022,7 +2023,7 @@ def evaluate(words):
             folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers),
             ("ladder_", "life_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
     run, dataset = open_run(args, settings, device)
-    add_results(folder, command, evaluate_world(run, dataset, args.dtype))
+    add_results(folder, command, evaluate_world(run, dataset, args.dtype, horizon=16))
     if run.dynamics:
         add_results(folder, command, measure_speed(run, args.dtype))
     if run.agent and not args.world_only:

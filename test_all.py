@@ -415,7 +415,7 @@ def randomize(module, seed=0, std=0.3):
 
 
 def tiny_tokenizer(**changes):
-    sizes = dict(height=8, width=12, patch=4, cell=2, dim=16, encoder_layers=3, decoder_layers=3,
+    sizes = dict(height=8, width=12, patch=4, dim=16, encoder_layers=3, decoder_layers=3,
                  heads=4, kv_heads=2, latents=4, channels=3, pack=2, context=3, time_every=3)
     return randomize(Tokenizer(TokenizerConfig(**sizes | changes)))
 
@@ -614,6 +614,7 @@ def test_latents_start_from_their_own_patch(own):
     model = tiny_tokenizer(latents=6 * own, pack=own)
     assert model.own == own
     assert tiny_tokenizer().own == tiny_tokenizer(latents=6, local=False).own == 0
+    assert tiny_tokenizer(latents=0, pack=1).cfg.latents == 6       # the default: one each
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         for layer in (block.attention.out, block.down):             # nothing is read elsewhere
             layer.weight.data.zero_()
@@ -628,42 +629,6 @@ def test_latents_start_from_their_own_patch(own):
         other[:, :, patch * own] = 0.5
         change = (model.reconstruct(other) - model.reconstruct(z)).abs().amax((0, 1, 4)) > 0
         assert change[4 * row:4 * row + 4, 4 * column:4 * column + 4].all() and change.sum() == 16
-
-
-def test_cells_are_read_and_drawn_where_they_are():
-    """Fails if a cell's code lands in another place, or the cells of a patch share one code."""
-    model = tiny_tokenizer(latents=6, pack=1)
-    for linear in (model.patch_in, model.patch_out):                # the cells' way alone
-        linear.weight.data.zero_()
-    x = torch.zeros(1, 1, 8, 12, 3)
-    codes = {}
-    for row, column in np.ndindex(4, 6):                            # cells of 2 pixels
-        moved = x.clone()
-        moved[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2] = 1
-        cells = moved.view(1, 1, 8, 12, 3)
-        patches = patchify(cells, 4).view(1, 6, 4, 4, 3)
-        code = model.read_cell(patchify(patches, 2))                # (1, 6, 4, 32)
-        still = model.read_cell(patchify(torch.zeros_like(patches), 2))
-        changed = (code - still).abs().amax(-1)[0].nonzero().tolist()
-        assert changed == [[row // 2 * 3 + column // 2, row % 2 * 2 + column % 2]]
-        codes[row, column] = code.amax((1, 2))
-        change = (model.bottleneck(moved) - model.bottleneck(x)).abs().sum()
-        assert change > 1e-3
-    assert all(torch.allclose(c, codes[0, 0]) for c in codes.values())      # one reader for all
-    model.codes_out.weight.data.zero_()
-    model.codes_out.bias.data.zero_()
-    drawn = []
-    for place in range(4):                  # the code of one cell draws that cell of every patch
-        model.codes_out.bias.data.zero_()
-        before = model.reconstruct(torch.zeros(1, 1, 6, 3))
-        model.codes_out.bias.data[32 * place:32 * place + 32] = 1
-        change = (model.reconstruct(torch.zeros(1, 1, 6, 3)) - before).abs().amax(-1)[0, 0] > 0
-        rows, columns = change.nonzero().T
-        assert change.sum() == 24 and set((rows % 4 // 2).tolist()) == {place // 2}
-        assert set((columns % 4 // 2).tolist()) == {place % 2}
-        drawn.append(change)
-    assert torch.stack(drawn).sum(0).eq(1).all()
-    assert not hasattr(tiny_tokenizer(cell=0), "read_cell")
 
 
 def test_bottleneck_is_bounded_and_informative():
@@ -1906,9 +1871,12 @@ def test_label_shares_lie_between_none_and_all(monkeypatch):
     encoded again for the same tokenizer, or not for another one."""
     shown = {"none": 90, "half": 120, "all": 150}
     told, latents = {}, {}
-    monkeypatch.setattr(play, "dream_clips", lambda run, z, a, labelled, horizon: told.update(
-        {run.stage: labelled.all().item()}) or latents.update({run.stage: z}) or torch.full((8, 32, 72, 72, 3), shown[run.stage],
-                                                          dtype=torch.uint8))
+
+    def dreamed(run, z, a, labelled, horizon):
+        told[run.stage], latents[run.stage] = labelled.all().item(), z
+        return torch.full((8, 32, 72, 72, 3), shown[run.stage], dtype=torch.uint8)
+
+    monkeypatch.setattr(play, "dream_clips", dreamed)
     clips = {"frames": torch.full((8, 32, 72, 72, 3), 160, dtype=torch.uint8),
              "labelled": torch.ones(8, 32, dtype=torch.bool),
              "where": (np.zeros(8, int), np.zeros(8, int))}
@@ -1973,7 +1941,7 @@ def test_speed_is_of_the_same_dream_with_and_without_cache():
 
 KEYS = f"{__name__}:KeyEnv"
 TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference_episodes 2
---data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.cell 2
+--data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4
 --tokenizer.dim 16 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.encoder_layers 3
 --tokenizer.decoder_layers 3 --dynamics.dim 16 --dynamics.layers 3 --dynamics.context 8
 --agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
@@ -1991,6 +1959,34 @@ def train_here(monkeypatch, workplace, *flags):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
     train.main()
+
+
+def test_half_of_the_dynamics_rows_show_a_task_being_done(monkeypatch, workplace):
+    """Fails if relevant rows are left out, are drawn where actions are unknown (whoever knows the
+    events of a video has its actions), or never lie among those with bootstrap."""
+    seen = []
+
+    def marked(job, latents, rng, uniform, relevant, *rest, real=train.latent_batch, **named):
+        batch, actions = real(job, latents, rng, uniform, relevant, *rest, **named)
+        batch["z"] = torch.zeros_like(batch["z"])
+        batch["z"][uniform:] = 1
+        return batch, actions
+
+    def noted(model, z, *rest, real=train.dynamics_losses, **named):
+        seen.append(z[:, 0, 0, 0].bool())
+        return real(model, z, *rest, **named)
+
+    monkeypatch.setattr(train, "latent_batch", marked)
+    monkeypatch.setattr(train, "dynamics_losses", noted)
+    train_here(monkeypatch, workplace, "--run", "rows", "--stage", "tokenizer")
+    for flags, share in ((), 0.5), (("--train.relevant", "0"), 0), (("--data.labels", "0.5"), 0):
+        seen.clear()
+        train_here(monkeypatch, workplace, "--run", "rows", "--stage", "dynamics", "--resume", "no",
+                   *flags)
+        assert len(seen) == 8
+        assert all(int(rows.sum()) == round(share * len(rows)) for rows in seen)
+        assert torch.stack([rows[0] for rows in seen]).float().mean().item() < 1
+        assert any(rows[0] for rows in seen) == (share > 0)     # p_boot: the first of six rows
 
 
 def test_every_stage_runs_and_resume_equals_an_uninterrupted_run(monkeypatch, workplace):
@@ -3483,6 +3479,20 @@ def test_a_stage_made_of_older_weights_is_noticed(copy):
         train_quietly(folder, "--run", "base", "--stage", "agent")
     with pytest.raises(UserError, match="Got dynamics"):
         train_quietly(folder, "--run", "base", "--stage", "imagine", "--resume", "no")
+
+
+def test_half_of_the_cloned_rows_show_a_rung_of_the_ladder(tmp_path):
+    """Fails if the share counts other rows, or the other half shows the ladder's tasks alone."""
+    dataset = data.record(KEYS, tmp_path / "set", 8, 36, 0, workers=1)
+    dataset.spec = replace(dataset.spec, ladder=(("both_keys", 0),), rungs=("both_keys",))
+    job = train.Job(None, None, train.DataConfig(), None, {"agent": {"prompts": True}},
+                    torch.device("cpu"), dataset)
+    latents = np.zeros((dataset.frames_total, 1, 1), np.float32)
+    tasks = lambda ladder: train.latent_batch(job, latents, np.random.default_rng(0), 0, 400, 8,
+                                              None, ladder)[0]["task"][:, 0]
+    half = tasks(0.5)
+    assert (half[200:] == 1).all() and 0.4 < half[:200].float().mean() < 0.6
+    assert 0.4 < tasks(0).float().mean() < 0.6 and (tasks(0.25)[300:] == 1).all()
 
 
 def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
