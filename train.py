@@ -68,25 +68,25 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     """Steps, batches and learning rates."""
-    tokenizer_steps: int = 500
+    tokenizer_steps: int = 400
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 2400
-    agent_steps: int = 2400
-    imagine_steps: int = 300
+    dynamics_steps: int = 750
+    agent_steps: int = 1200
+    imagine_steps: int = 150
     batch: int = 16             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
     relevant: float = 0.5       # 0: share of the dynamics' rows that show a task being done
-    imagine_batch: int = 64
+    imagine_batch: int = 16
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
     lr_policy: float = 1e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
     value_first: int = 20       # imagination steps in which only the value head learns
-    cooldown: float = 0.3       # share of a stage in which the rate falls to 0
+    cooldown: float = 0.65      # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
     log_every: int = 25
@@ -126,7 +126,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
               "train.batch": 8, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6},
-    "cpu_long": {"data.episodes": 640, "train.dynamics_steps": 2900, "train.agent_steps": 2400,
+    "cpu_long": {"data.episodes": 640, "train.tokenizer_steps": 500, "train.dynamics_steps": 2900, "train.agent_steps": 2400,
                  "train.imagine_steps": 540, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "tokenizer.heads": 8,
