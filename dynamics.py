@@ -183,6 +183,7 @@ class Dynamics(nn.Module):
         self.latent_in = nn.Linear(cfg.channels, dim)
         self.latent_position, self.registers = embedding(cfg.tokens), embedding(cfg.registers)
         self.task_embed = nn.Embedding(cfg.tasks + 1, dim)      # the last one: no task
+        nn.init.normal_(self.task_embed.weight, std=0.1)
         self.agent_token = embedding()
         self.transformer = Transformer(cfg, cfg.layers)
         self.latent_out = nn.Linear(dim, cfg.channels)

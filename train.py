@@ -72,7 +72,7 @@ class TrainConfig:
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 750
-    agent_steps: int = 1200
+    agent_steps: int = 850
     imagine_steps: int = 150
     batch: int = 16             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -103,7 +103,7 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 16           # frames of an episode that are encoded at once; few stay in the caches
-HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "prompts",
+HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "dynamics_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
@@ -921,7 +921,7 @@ def train_agent(job):
     fit(job, "agent", [dynamics, agent], loss_fn,
         ["dynamics", "bc", "reward", "continue"] + ["events"] * bool(run.spec.tasks),
         make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2),
-        {"bc": agent.cfg.bc_weight}, made_of)
+        {"bc": agent.cfg.bc_weight, "dynamics": agent.cfg.dynamics_weight}, made_of)
     agent.freeze_prior()
     save_stage(job, "agent", cfg.agent_steps, made_of, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
