@@ -876,9 +876,9 @@ def measure_speed(run, dtype="auto", frames=40, rollouts=3):
     entries = {"dream_fps_batch1": entry(dream_rate(
         run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
     if run.agent:
-        world, agent = compiled(run), run.agent
+        world, agent, batch = compiled(run), run.agent, run.meta["config"]["train"]["imagine_batch"]
         entries["imagined_frames_per_s"] = entry(imagination_rate(
-            world, agent, 64, agent.cfg.context, agent.cfg.horizon, device, dtype), rollouts)
+            world, agent, batch, agent.cfg.context, agent.cfg.horizon, device, dtype), rollouts)
     return entries
 
 
