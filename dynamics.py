@@ -22,17 +22,17 @@ from tokenizer import Cache, Transformer, check_transformer, reader_mask
 @dataclass
 class DynamicsConfig:
     """Sizes and settings of the dynamics; the paper's values in the comments."""
-    tokens: int = 81            # 256 spatial tokens, from the tokenizer
-    channels: int = 8           # 32 channels each, from the tokenizer
+    tokens: int = 9             # 256 spatial tokens, from the tokenizer
+    channels: int = 64          # 32 channels each, from the tokenizer
     tasks: int = 22             # 20, from the dataset
-    dim: int = 128
-    layers: int = 6
-    heads: int = 2
-    kv_heads: int = 1
+    dim: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
     registers: int = 2
     action_tokens: int = 1
     context: int = 32           # 192 frames
-    time_every: int = 3         # 4
+    time_every: int = 2         # 4
     dense: bool = False         # True: block-causal attention over all tokens (first table rows)
     soft_cap: float = 50.0
     k_max: int = 16             # finest step: d_min = 1 / k_max
@@ -183,7 +183,6 @@ class Dynamics(nn.Module):
         self.latent_in = nn.Linear(cfg.channels, dim)
         self.latent_position, self.registers = embedding(cfg.tokens), embedding(cfg.registers)
         self.task_embed = nn.Embedding(cfg.tasks + 1, dim)      # the last one: no task
-        nn.init.normal_(self.task_embed.weight, std=0.1)
         self.agent_token = embedding()
         self.transformer = Transformer(cfg, cfg.layers)
         self.latent_out = nn.Linear(dim, cfg.channels)

@@ -942,7 +942,7 @@ def bench(device, dtype="auto"):
         note(f"{name}_training", frames, "frames/s")
         note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
     pinned = TokenizerConfig(patch=24, dim=256, encoder_layers=4, decoder_layers=4, heads=4,
-                             kv_heads=2, latents=16, channels=32, local=False)
+                             kv_heads=2, latents=16, channels=32, local=False, cell=0)
     pixels = torch.randn(16, 8, 72, 72, 3, device=device)
     for name, cfg in (("tokenizer", pinned), ("tokenizer_default", TokenizerConfig())):
         net = Tokenizer(cfg).to(device)

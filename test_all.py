@@ -415,7 +415,7 @@ def randomize(module, seed=0, std=0.3):
 
 
 def tiny_tokenizer(**changes):
-    sizes = dict(height=8, width=12, patch=4, dim=16, encoder_layers=3, decoder_layers=3,
+    sizes = dict(height=8, width=12, patch=4, cell=2, dim=16, encoder_layers=3, decoder_layers=3,
                  heads=4, kv_heads=2, latents=4, channels=3, pack=2, context=3, time_every=3)
     return randomize(Tokenizer(TokenizerConfig(**sizes | changes)))
 
@@ -614,7 +614,6 @@ def test_latents_start_from_their_own_patch(own):
     model = tiny_tokenizer(latents=6 * own, pack=own)
     assert model.own == own
     assert tiny_tokenizer().own == tiny_tokenizer(latents=6, local=False).own == 0
-    assert tiny_tokenizer(latents=0, pack=1).cfg.latents == 6       # the default: one each
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         for layer in (block.attention.out, block.down):             # nothing is read elsewhere
             layer.weight.data.zero_()
@@ -629,6 +628,42 @@ def test_latents_start_from_their_own_patch(own):
         other[:, :, patch * own] = 0.5
         change = (model.reconstruct(other) - model.reconstruct(z)).abs().amax((0, 1, 4)) > 0
         assert change[4 * row:4 * row + 4, 4 * column:4 * column + 4].all() and change.sum() == 16
+
+
+def test_cells_are_read_and_drawn_where_they_are():
+    """Fails if a cell's code lands in another place, or the cells of a patch share one code."""
+    model = tiny_tokenizer(latents=6, pack=1)
+    for linear in (model.patch_in, model.patch_out):                # the cells' way alone
+        linear.weight.data.zero_()
+    x = torch.zeros(1, 1, 8, 12, 3)
+    codes = {}
+    for row, column in np.ndindex(4, 6):                            # cells of 2 pixels
+        moved = x.clone()
+        moved[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2] = 1
+        cells = moved.view(1, 1, 8, 12, 3)
+        patches = patchify(cells, 4).view(1, 6, 4, 4, 3)
+        code = model.read_cell(patchify(patches, 2))                # (1, 6, 4, 32)
+        still = model.read_cell(patchify(torch.zeros_like(patches), 2))
+        changed = (code - still).abs().amax(-1)[0].nonzero().tolist()
+        assert changed == [[row // 2 * 3 + column // 2, row % 2 * 2 + column % 2]]
+        codes[row, column] = code.amax((1, 2))
+        change = (model.bottleneck(moved) - model.bottleneck(x)).abs().sum()
+        assert change > 1e-3
+    assert all(torch.allclose(c, codes[0, 0]) for c in codes.values())      # one reader for all
+    model.codes_out.weight.data.zero_()
+    model.codes_out.bias.data.zero_()
+    drawn = []
+    for place in range(4):                  # the code of one cell draws that cell of every patch
+        model.codes_out.bias.data.zero_()
+        before = model.reconstruct(torch.zeros(1, 1, 6, 3))
+        model.codes_out.bias.data[32 * place:32 * place + 32] = 1
+        change = (model.reconstruct(torch.zeros(1, 1, 6, 3)) - before).abs().amax(-1)[0, 0] > 0
+        rows, columns = change.nonzero().T
+        assert change.sum() == 24 and set((rows % 4 // 2).tolist()) == {place // 2}
+        assert set((columns % 4 // 2).tolist()) == {place % 2}
+        drawn.append(change)
+    assert torch.stack(drawn).sum(0).eq(1).all()
+    assert not hasattr(tiny_tokenizer(cell=0), "read_cell")
 
 
 def test_bottleneck_is_bounded_and_informative():
@@ -1941,7 +1976,7 @@ def test_speed_is_of_the_same_dream_with_and_without_cache():
 
 KEYS = f"{__name__}:KeyEnv"
 TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference_episodes 2
---data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4
+--data.workers 1 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.cell 2
 --tokenizer.dim 16 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.encoder_layers 3
 --tokenizer.decoder_layers 3 --dynamics.dim 16 --dynamics.layers 3 --dynamics.context 8
 --agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
@@ -1979,7 +2014,8 @@ def test_half_of_the_dynamics_rows_show_a_task_being_done(monkeypatch, workplace
     monkeypatch.setattr(train, "latent_batch", marked)
     monkeypatch.setattr(train, "dynamics_losses", noted)
     train_here(monkeypatch, workplace, "--run", "rows", "--stage", "tokenizer")
-    for flags, share in ((), 0.5), (("--train.relevant", "0"), 0), (("--data.labels", "0.5"), 0):
+    for flags, share in ((), 0), (("--train.relevant", "0.5"), 0.5), (
+            ("--train.relevant", "0.5", "--data.labels", "0.5"), 0):
         seen.clear()
         train_here(monkeypatch, workplace, "--run", "rows", "--stage", "dynamics", "--resume", "no",
                    *flags)

@@ -279,15 +279,16 @@ class TokenizerConfig:
     """Sizes of the causal tokenizer; the paper's values in the comments."""
     height: int = 72            # 360, from the dataset
     width: int = 72             # 640
-    patch: int = 8              # 16: one cell of Crafter's grid
-    dim: int = 128
-    encoder_layers: int = 3
-    decoder_layers: int = 3
-    heads: int = 2
-    kv_heads: int = 1
-    latents: int = 0            # 512 bottleneck tokens; 0: one for each patch
-    channels: int = 8           # 16 channels each
+    patch: int = 24             # 16
+    dim: int = 256
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    latents: int = 9           # 512 bottleneck tokens
+    channels: int = 64          # 16 channels each
     pack: int = 1               # 2: tokens merged into one for the dynamics
+    cell: int = 8               # side of the cells that a small shared MLP reads and draws; 0: none
     local: bool = True          # latents belong to a patch, where they divide evenly among them
     context: int = 6            # frames that a time layer sees
     time_every: int = 4         # 4
@@ -297,12 +298,14 @@ class TokenizerConfig:
     lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
 
     def __post_init__(self):
-        check_config("tokenizer", self, zero=("latents",))
+        check_config("tokenizer", self, zero=("cell",))
         check_transformer("tokenizer", self, self.encoder_layers, self.decoder_layers)
-        self.latents = self.latents or -(-self.height // self.patch) * -(-self.width // self.patch)
         if self.latents % self.pack:
             raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
                             "the number of latents must be divisible by pack.")
+        if self.cell < 0 or self.cell and self.patch % self.cell:
+            raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of tokenizer.patch "
+                            f"{self.patch}, or 0 for none.")
         if not 0 <= self.mae_max < 1:
             raise UserError(f"Got tokenizer.mae_max {self.mae_max}, need a share in [0, 1).")
 
@@ -377,6 +380,12 @@ class Tokenizer(nn.Module):
         self.latent_out = nn.Linear(cfg.dim, cfg.channels)
         self.latent_in = nn.Linear(cfg.channels, cfg.dim)
         self.patch_out = nn.Linear(cfg.dim, size)
+        if cfg.cell:        # not in the paper: what a cell shows is learned once for all places
+            code, size = 32, cfg.cell ** 2 * 3
+            codes = code * (cfg.patch // cfg.cell) ** 2
+            self.read_cell = nn.Sequential(nn.Linear(size, 128), nn.SiLU(), nn.Linear(128, code))
+            self.draw_cell = nn.Sequential(nn.Linear(code, 128), nn.SiLU(), nn.Linear(128, size))
+            self.codes_in, self.codes_out = nn.Linear(codes, cfg.dim), nn.Linear(cfg.dim, codes)
         self.register_buffer("latent_std", torch.ones(()))      # measured after training
         self.encoder_mask = functools.partial(reader_mask, self.patches, cfg.latents)
         self.decoder_mask = functools.partial(reader_mask, cfg.latents, self.patches)
@@ -387,7 +396,12 @@ class Tokenizer(nn.Module):
     def bottleneck(self, x, hidden=None, cache=None):
         """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P): masked."""
         B, T = x.shape[:2]
-        tokens = self.patch_in(patchify(x, self.cfg.patch))
+        patches, side = patchify(x, self.cfg.patch), self.cfg.patch
+        tokens = self.patch_in(patches)
+        if self.cfg.cell:
+            cells = patches.view(-1, self.patches, side, side, 3)
+            cells = self.read_cell(patchify(cells, self.cfg.cell))
+            tokens = tokens + self.codes_in(cells.flatten(2)).view(tokens.shape)
         if hidden is not None:
             tokens = torch.where(hidden[..., None], self.hidden_patch, tokens)
         tokens, latents = tokens + self.patch_position, self.latent_query.expand(B, T, -1, -1)
@@ -405,7 +419,12 @@ class Tokenizer(nn.Module):
             queries = queries + latents.unflatten(2, (self.patches, self.own)).sum(3)
         tokens = torch.cat([latents, queries], 2)
         tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
-        patches = self.patch_out(tokens[:, :, self.cfg.latents:]).float()
+        tokens, side = tokens[:, :, self.cfg.latents:], self.cfg.patch
+        patches = self.patch_out(tokens).float()
+        if self.cfg.cell:
+            cells = self.codes_out(tokens).view(-1, self.patches, (side // self.cfg.cell) ** 2, 32)
+            cells = unpatchify(self.draw_cell(cells).float(), self.cfg.cell, side, side)
+            patches = patches + cells.reshape(patches.shape)
         return unpatchify(patches, self.cfg.patch, self.cfg.height, self.cfg.width)
 
     def forward(self, x, hidden=None):

@@ -68,25 +68,25 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     """Steps, batches and learning rates."""
-    tokenizer_steps: int = 400
+    tokenizer_steps: int = 2000
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 750
-    agent_steps: int = 850
-    imagine_steps: int = 150
-    batch: int = 16             # of short windows; long ones hold as many frames in all
+    dynamics_steps: int = 2400
+    agent_steps: int = 2400
+    imagine_steps: int = 300
+    batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
-    relevant: float = 0.5       # 0: share of the dynamics' rows that show a task being done
-    imagine_batch: int = 16
+    relevant: float = 0.0       # share of the dynamics' rows that show a task being done
+    imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
     lr_policy: float = 1e-3     # AdamW in imagination
     lr_value: float = 3e-3      # AdamW in imagination: starts from nothing, must be ahead
     warmup: int = 50            # steps, at most a tenth of the stage
     value_first: int = 20       # imagination steps in which only the value head learns
-    cooldown: float = 0.65      # share of a stage in which the rate falls to 0
+    cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     clip: float = 1.0           # gradient norm
     compile: bool = True        # torch.compile of the transformer's blocks
     log_every: int = 25
@@ -102,7 +102,7 @@ class TrainConfig:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
 
 
-LATENT_CHUNK = 16           # frames of an episode that are encoded at once; few stay in the caches
+LATENT_CHUNK = 256          # frames of an episode that are encoded at once
 HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "dynamics_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
@@ -121,18 +121,26 @@ CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": Dynamic
 PRESETS = {     # every preset starts from the defaults above, which are the cpu preset
     "cpu": {},
     "smoke": {"data.episodes": 12, "data.length": 80, "data.reference_episodes": 4,
-              "data.eval_episodes": 4, "data.eval_length": 40, "tokenizer.dim": 64,
-              "dynamics.dim": 64, "dynamics.layers": 3, "train.tokenizer_steps": 60,
-              "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
-              "train.batch": 8, "train.compile": False, "train.log_every": 5,
-              "agent.horizon": 6},
-    "cpu_long": {"data.episodes": 640, "train.tokenizer_steps": 500, "train.dynamics_steps": 2900,
+              "data.eval_episodes": 4, "data.eval_length": 40, "tokenizer.dim": 128,
+              "tokenizer.encoder_layers": 3, "tokenizer.decoder_layers": 3, "dynamics.dim": 128,
+              "train.tokenizer_steps": 60, "train.dynamics_steps": 40, "train.agent_steps": 20,
+              "train.imagine_steps": 6, "train.batch": 12, "train.compile": False,
+              "train.log_every": 5, "agent.horizon": 6, "train.imagine_batch": 16},
+    # a token for each cell of Crafter's grid: 2 to 3 times the work of a frame, far fewer steps
+    "cpu_long": {"data.episodes": 640, "tokenizer.patch": 8, "tokenizer.cell": 0,
+                 "tokenizer.latents": 81, "tokenizer.channels": 8, "tokenizer.dim": 128,
+                 "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.encoder_layers": 3,
+                 "tokenizer.decoder_layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
+                 "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
+                 "train.batch": 16, "train.imagine_batch": 16, "train.tokenizer_steps": 500,
+                 "train.relevant": 0.5, "train.cooldown": 0.65, "agent.ladder": 0.5,
+                 "agent.dynamics_weight": 0.1, "train.dynamics_steps": 2900,
                  "train.agent_steps": 2400, "train.imagine_steps": 540, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
-            "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "tokenizer.heads": 8,
-            "tokenizer.kv_heads": 2, "dynamics.dim": 768, "dynamics.layers": 12,
-            "dynamics.heads": 12, "dynamics.kv_heads": 3, "dynamics.registers": 8,
-            "dynamics.context": 64, "dynamics.k_max": 64,
+            "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
+            "dynamics.layers": 12, "dynamics.time_every": 3, "dynamics.heads": 12,
+            "dynamics.kv_heads": 3, "dynamics.registers": 8, "dynamics.context": 64,
+            "dynamics.k_max": 64,
             "train.long_length": 96, "train.length": 32, "train.batch": 64,
             "train.tokenizer_steps": 20000, "train.dynamics_steps": 60000,
             "train.agent_steps": 20000, "train.imagine_steps": 2000, "agent.horizon": 15,
@@ -143,7 +151,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
     "minecraft": {"data.env": "minerl", "data.path": "datasets/minecraft",
                   "data.reference": "datasets/minecraft_reference", "data.eval_episodes": 10,
                   "data.eval_length": 72000, "tokenizer.height": 128, "tokenizer.width": 128,
-                  "tokenizer.patch": 8, "tokenizer.dim": 512,
+                  "tokenizer.patch": 8, "tokenizer.cell": 0, "tokenizer.dim": 512,
                   "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8,
                   "tokenizer.heads": 4, "tokenizer.kv_heads": 4, "tokenizer.latents": 128,
                   "tokenizer.channels": 16, "tokenizer.pack": 2,
@@ -160,7 +168,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
     "paper": {"data.env": "minerl:384x640", "data.path": "datasets/minecraft_384x640",
               "data.reference": "datasets/minecraft_384x640_reference", "data.eval_episodes": 1000,
               "data.eval_length": 72000, "tokenizer.height": 384, "tokenizer.width": 640,
-              "tokenizer.patch": 16, "tokenizer.dim": 1024,
+              "tokenizer.patch": 16, "tokenizer.cell": 0, "tokenizer.dim": 1024,
               "tokenizer.encoder_layers": 16, "tokenizer.decoder_layers": 16,
               "tokenizer.heads": 8, "tokenizer.kv_heads": 8,
               "tokenizer.latents": 512, "tokenizer.channels": 16, "tokenizer.pack": 2,
@@ -170,8 +178,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
               "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
-              "train.lr_policy": 5e-4, "train.batch": 32, "train.length": 64,
-              "train.long_length": 256,
+              "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
 }
@@ -715,9 +722,6 @@ def make_latents(job, tokenizer):
         except (OSError, ValueError, EOFError) as error:
             print(f"warning: got damaged latents in {path} ({error}): computing them again.")
     data, cfg, crc = job.dataset, tokenizer.cfg, 0
-    encoder = freeze(copy.deepcopy(tokenizer), job.device, job.args.dtype)
-    if job.train.compile:
-        compile_module(encoder, job.device)
     shape = data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack
 
     def write(file):                                # piece by piece: may be larger than the memory
@@ -725,13 +729,12 @@ def make_latents(job, tokenizer):
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f2", "fortran_order": False, "shape": tuple(map(int, shape))})
         for i, length in enumerate(data.lengths):
-            cache = encoder.new_cache()
+            cache = tokenizer.new_cache()
             for start in range(0, length, LATENT_CHUNK):
                 n = min(LATENT_CHUNK, length - start)
-                frames = data.read([i], [start], n, ["frames"])["frames"]
-                frames = np.pad(frames, [(0, 0), (0, LATENT_CHUNK - n)] + [(0, 0)] * 3)
-                with autocast(job.device, job.args.dtype):      # padded: compiled for one shape
-                    z = encoder.encode(job.to_device(frames), cache)[0, :n]
+                frames = job.to_device(data.read([i], [start], n, ["frames"])["frames"])
+                with autocast(job.device, job.args.dtype):
+                    z = tokenizer.encode(frames, cache)[0]
                 piece = z.cpu().numpy().astype("<f2").tobytes()
                 file.write(piece)
                 crc = zlib.crc32(piece, crc)
