@@ -33,7 +33,6 @@ class AgentConfig:
     ladder: float = 0.0         # of those, share whose task is one of the prompt ladder's
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
-    dynamics_weight: float = 1.0    # of the dynamics loss there
     prompts: bool = True        # False: the policy isn't told its task ("notask")
     pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
     terminal_weight: float = 20.0   # of the rare class in the continue head's loss

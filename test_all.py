@@ -3518,7 +3518,8 @@ def test_a_stage_made_of_older_weights_is_noticed(copy):
 
 
 def test_half_of_the_cloned_rows_show_a_rung_of_the_ladder(tmp_path):
-    """Fails if the share counts other rows, or the other half shows the ladder's tasks alone."""
+    """Fails if the share counts other rows, the other half shows the ladder's tasks alone, or an
+    environment without a ladder can't practise."""
     dataset = data.record(KEYS, tmp_path / "set", 8, 36, 0, workers=1)
     dataset.spec = replace(dataset.spec, ladder=(("both_keys", 0),), rungs=("both_keys",))
     job = train.Job(None, None, train.DataConfig(), None, {"agent": {"prompts": True}},
@@ -3529,6 +3530,9 @@ def test_half_of_the_cloned_rows_show_a_rung_of_the_ladder(tmp_path):
     half = tasks(0.5)
     assert (half[200:] == 1).all() and 0.4 < half[:200].float().mean() < 0.6
     assert 0.4 < tasks(0).float().mean() < 0.6 and (tasks(0.25)[300:] == 1).all()
+    dataset.spec = replace(dataset.spec, ladder=())
+    free = train.latent_batch(job, latents, np.random.default_rng(0), 400, 0, 8, None, True)[0]
+    assert 0.4 < free["task"][:, 0].float().mean() < 0.6
 
 
 def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):

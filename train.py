@@ -103,7 +103,7 @@ class TrainConfig:
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
-HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "dynamics_weight", "prompts",
+HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
 FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
@@ -134,8 +134,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
                  "train.batch": 16, "train.imagine_batch": 16, "train.tokenizer_steps": 500,
                  "train.relevant": 0.5, "train.cooldown": 0.65, "agent.ladder": 0.5,
-                 "agent.dynamics_weight": 0.1, "train.dynamics_steps": 2900,
-                 "train.agent_steps": 2400, "train.imagine_steps": 540, "data.eval_episodes": 200},
+                 "train.dynamics_steps": 2900, "train.agent_steps": 2400,
+                 "train.imagine_steps": 540, "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
             "dynamics.layers": 12, "dynamics.time_every": 3, "dynamics.heads": 12,
@@ -784,7 +784,7 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
                  (other, True, (), None), (relevant - other, True, tasks, None)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
-    if ladder == 1:
+    if tasks and ladder == 1:
         task[:uniform] = job.prompts[index[:uniform, -1]]
     read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
                                                      "labelled", "events", "continues"])
@@ -924,7 +924,7 @@ def train_agent(job):
     fit(job, "agent", [dynamics, agent], loss_fn,
         ["dynamics", "bc", "reward", "continue"] + ["events"] * bool(run.spec.tasks),
         make_optimizers([dynamics, agent], cfg.lr_matrix / 2, cfg.lr / 2),
-        {"bc": agent.cfg.bc_weight, "dynamics": agent.cfg.dynamics_weight}, made_of)
+        {"bc": agent.cfg.bc_weight}, made_of)
     agent.freeze_prior()
     save_stage(job, "agent", cfg.agent_steps, made_of, tokenizer=run.tokenizer, dynamics=dynamics,
                agent=agent)
