@@ -540,14 +540,25 @@ def test_single_images_see_only_themselves_in_time():
 
 def test_loss_normalizer_is_a_running_rms():
     """Fails if the loss is divided by itself (a constant 1), or terms share one estimate."""
-    norm = LossNormalizer(["a", "b"], decay=0.5)
+    norm = LossNormalizer(["a", "b"])
     assert abs(float(norm({"a": torch.tensor(4.0), "b": torch.tensor(0.1)})) - 2) < 1e-5
-    # second call: RMS of a = sqrt((0.25 * 16 + 0.5 * 4) / 0.75) = sqrt(8)
+    # second call: mean square of a = 16 / 11 + 10 / 11 * 4
     x = torch.tensor(2.0, requires_grad=True)
     total = norm({"a": x}, {"a": 3.0})
     total.backward()
-    assert abs(float(total) - 3 * 2 / math.sqrt(8)) < 1e-5
-    assert abs(float(x.grad) - 3 / math.sqrt(8)) < 1e-5             # the RMS is detached
+    assert abs(float(total) - 3 * 2 / math.sqrt(56 / 11)) < 1e-5
+    assert abs(float(x.grad) - 3 / math.sqrt(56 / 11)) < 1e-5       # the RMS is detached
+
+
+def test_loss_normalizer_forgets_a_start_at_once_and_noise_slowly():
+    """Fails if its memory doesn't grow: a loss that fell from 5 to 0.01 weighs in full 50 steps
+    later, but 1,000 steps on a single outlier hardly changes the divisor."""
+    norm = LossNormalizer(["a"])
+    late = [float(norm({"a": torch.tensor(5.0 if n < 10 else 0.01)})) for n in range(100)]
+    assert max(late[10:20]) < 0.1 and late[60] > 0.9
+    for _ in range(1000):
+        norm({"a": torch.tensor(0.01)})
+    assert 7 < float(norm({"a": torch.tensor(0.1)})) < 8           # 10 / sqrt(0.99 + 0.01 * 100)
 
 
 # ------------------------------------------------------------- tokenizer.py: causal tokenizer

@@ -252,6 +252,8 @@ class LossNormalizer(nn.Module):
 
     Call with {name: scalar} and optional weights; returns the sum. Its buffers belong into the
     checkpoint. subtle: the RMS is detached and *running*; by its own value each loss would be 1.
+    Its memory grows with the steps, up to 1 / (1 - decay) of them: what a loss started at, ln 255
+    for a two-hot head, would else make it count for next to nothing for hundreds of steps.
     """
 
     def __init__(self, names, decay=0.99):
@@ -265,10 +267,11 @@ class LossNormalizer(nn.Module):
         for name, loss in losses.items():
             i = self.names.index(name)
             with torch.no_grad():
-                self.square[i].lerp_(loss.detach().float().square(), 1 - self.decay)
+                rate = (10 / (10 + self.count[i])).clamp_min(1 - self.decay)
+                self.square[i].lerp_(loss.detach().float().square(), rate)
                 self.count[i] += 1
-                rms = (self.square[i] / (1 - self.decay ** self.count[i])).sqrt()
-            total = total + dict(weights).get(name, 1.0) * loss / rms.clamp_min(1e-8)
+                rms = self.square[i].sqrt().clamp_min(1e-8)
+            total = total + dict(weights).get(name, 1.0) * loss / rms
         return total
 
 
