@@ -293,12 +293,12 @@ def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, genera
     at h[:, t], and the imagined latents (B, horizon, S_z, Z). dream: another class than Dream.
     """
     dream = (dream or Dream)(dynamics, generator)
-    dream.corrupt, dream.denoise_h = agent.cfg.corrupt, agent.cfg.h_pass == "denoise"
+    dream.corrupt = agent.cfg.corrupt
     hs, chosen, frames = [dream.commit(z, actions, labelled, task)[:, -1]], [], []
     for _ in range(horizon):
         action = {k: x[:, None] for k, x in agent.act(hs[-1], generator).items()}
         z, h = dream.step(action, task[:, -1:])
-        h = dream.h_denoise if dream.denoise_h else h
+        h = dream.h_denoise if agent.cfg.h_pass == "denoise" else h
         chosen.append(action), hs.append(h[:, 0]), frames.append(z)
     actions = {k: torch.cat([a[k] for a in chosen], 1) for k in chosen[0]}
     return torch.stack(hs, 1), actions, torch.cat(frames, 1)

@@ -278,7 +278,7 @@ class Dream:
         self.cache = cache or Cache(model.cfg.context)
         self.d_label = model.d_min if model.cfg.p_boot == 0 else None   # diffusion forcing
         self.corrupt = True             # False (ablation): committed frames get no noise
-        self.denoise_h, self.h_denoise = False, None    # (ablation) h of `imagine`'s last pass
+        self.h_denoise = None           # h of `imagine`'s last pass (ablation)
 
     def noise(self, B, T):
         cfg, device = self.model.cfg, self.model.agent_token.device
@@ -299,10 +299,8 @@ class Dream:
 
     @torch.no_grad()
     def imagine(self, actions, labelled, task=None):
-        """actions (B, 1, .) -> the frame they lead to, (B, 1, S_z, Z). Commit it to go on. The
-        agent tokens, which it does not depend on, are left out unless their output is wanted."""
-        task = task if self.denoise_h or not self.cache.layers else None
-
+        """actions (B, 1, .) -> the frame they lead to, (B, 1, S_z, Z). Commit it to go on. A task
+        where the cache holds agent tokens: the frame doesn't depend on them."""
         def f(z, tau, d):
             z1_hat, self.h_denoise = self.model(z, tau, d, actions, labelled, task,
                                                 cache=self.cache)

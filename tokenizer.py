@@ -96,7 +96,6 @@ class Cache:
             self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
         out = []
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
-            ring = ring[:, :x.shape[1], ..., :x.shape[-2], :]   # fewer tokens: without the last
             if T == 1:          # all slots of a full ring lie inside the window, in any order
                 ring[..., t % C, :, :] = x[..., 0, :, :]
                 x = ring if t + 1 - self.start >= C else self._held(ring, t + 1)
