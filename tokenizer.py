@@ -78,9 +78,13 @@ class Cache:
         self.context, self.start, self.t, self.layers = context, t, t, {}
 
     def key_frames(self, T, device):
-        """Frame indices of the keys that `put` returns beside T > 1 new frames."""
-        first = max(self.start, self.t - self.context)
-        return torch.arange(first, self.t + T, device=device)
+        """Frame indices of the keys that `put` returns beside T new frames. One frame gets the
+        whole ring as it lies: an index to come, which nothing attends to, stands for empty slots."""
+        if T > 1:
+            first = max(self.start, self.t - self.context)
+            return torch.arange(first, self.t + T, device=device)
+        frames = self.t - (self.t - torch.arange(self.context, device=device)) % self.context
+        return frames.masked_fill(frames < self.start, self.t + 1)
 
     def _held(self, ring, end):
         """The ring's entries for the frames before `end`, (..., frames, n, E)."""
@@ -96,9 +100,9 @@ class Cache:
             self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
         out = []
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
-            if T == 1:          # all slots of a full ring lie inside the window, in any order
+            if T == 1:                          # subtle: no slice of it, which would be copied
                 ring[..., t % C, :, :] = x[..., 0, :, :]
-                x = ring if t + 1 - self.start >= C else self._held(ring, t + 1)
+                x = ring
             else:
                 kept, x = x[..., -C:, :, :], torch.cat([self._held(ring, t), x], -3)
                 ring[..., torch.arange(t + T)[-min(T, C):] % C, :, :] = kept
@@ -221,7 +225,7 @@ class Transformer(nn.Module):
         device, t = x.device, cache.t if cache else 0
         frames = torch.arange(t, t + T, device=device)
         keys = cache.key_frames(T, device) if cache else frames
-        in_time = None if cache and T == 1 else time_mask(frames, keys, self.context)
+        in_time = time_mask(frames, keys, self.context)
         if single is not None:          # (B, 1, 1, 1, T, T)
             in_time = in_time & (~single[:, None, None] | torch.eye(T, device=device).bool())
             in_time = in_time[:, None, None, None]
@@ -231,11 +235,8 @@ class Transformer(nn.Module):
                          "dense": torch.arange(t * S, (t + T) * S, device=device)}[kind]
             angles[kind] = rope_angles(positions, self.blocks[0].attention.size)
         if "dense" in angles:           # frames see earlier frames through the modality mask too
-            M = keys.numel() if in_time is not None else min(t + 1 - cache.start, self.context)
-            masks["dense"] = space_mask.repeat(T, M)
-            if in_time is not None:
-                wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
-                masks["dense"] = masks["dense"] & wide
+            wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
+            masks["dense"] = space_mask.repeat(T, keys.numel()) & wide
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
