@@ -79,7 +79,7 @@ class Cache:
 
     def key_frames(self, T, device):
         """Frame indices of the keys that `put` returns beside T new frames. One frame gets the
-        whole ring as it lies: an index to come, which nothing attends to, stands for empty slots."""
+        whole ring as it lies; empty slots have an index to come, which nothing attends to."""
         if T > 1:
             first = max(self.start, self.t - self.context)
             return torch.arange(first, self.t + T, device=device)
