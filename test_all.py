@@ -1296,8 +1296,8 @@ def imagine_with(kind=None, C=3, horizon=6, **changes):
 
 
 def test_a_rollout_with_the_cache_equals_one_without():
-    """Fails if K passes and the commit pass leave traces in the cache, or the denoising passes,
-    which leave the agent tokens out, change what a frame sees: against whole windows each time.
+    """Fails if K passes and the commit pass leave traces in the cache, or the denoising passes
+    change what a frame sees: against whole windows each time.
     (tiny_dynamics has one time layer: with more, a window's first frames would differ.)"""
     h, chosen, frames = imagine_with()
     again = imagine_with(play.Recomputed)
@@ -1309,7 +1309,7 @@ def test_a_rollout_with_the_cache_equals_one_without():
 
 def test_ablations_of_imagination_change_what_they_name():
     """Fails if h of the last denoising pass is that of the commit pass, changes the frames as long
-    as the actions are the same, or context without noise is noisy."""
+    as the actions are the same, or context without noise is noisy, here or in a rollout."""
     h, chosen, frames = imagine_with(horizon=1)
     other, same, image = imagine_with(horizon=1, h_pass="denoise")
     assert torch.equal(chosen["categorical"], same["categorical"])
@@ -1322,6 +1322,7 @@ def test_ablations_of_imagination_change_what_they_name():
         dream.corrupt = False
         hs.append(dream.commit(z, actions, labelled, task))
     assert torch.equal(*hs)
+    assert torch.equal(imagine_with(horizon=1, corrupt=False)[0][:, 0], hs[0][:, -1])
 
 
 def test_advantage_objective_against_a_loop():

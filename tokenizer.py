@@ -86,16 +86,10 @@ class Cache:
         frames = self.t - (self.t - torch.arange(self.context, device=device)) % self.context
         return frames.masked_fill(frames < self.start, self.t + 1)
 
-    def _held(self, ring, end):
-        """The ring's entries for the frames before `end`, (..., frames, n, E)."""
-        C, first = self.context, max(self.start, end - self.context)
-        low, high = first % C, (end - 1) % C + 1
-        slots = slice(low, high) if low < high else torch.arange(first, end) % C
-        return ring[..., slots, :, :] if end > first else ring[..., :0, :, :]
-
     def put(self, layer, k, v):
         """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to attend to."""
         T, C, t = k.shape[-3], self.context, self.t
+        held = torch.arange(max(self.start, t - C), t) % C      # slots of the frames before
         if layer not in self.layers:
             self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
         out = []
@@ -104,7 +98,7 @@ class Cache:
                 ring[..., t % C, :, :] = x[..., 0, :, :]
                 x = ring
             else:
-                kept, x = x[..., -C:, :, :], torch.cat([self._held(ring, t), x], -3)
+                kept, x = x[..., -C:, :, :], torch.cat([ring[..., held, :, :], x], -3)
                 ring[..., torch.arange(t + T)[-min(T, C):] % C, :, :] = kept
             out.append(x.flatten(-3, -2))
         return out
