@@ -1292,7 +1292,7 @@ def imagine_with(kind=None, C=3, horizon=6, **changes):
     z, actions, labelled = play_inputs(4, C)
     return imagine_rollout(model, agent, z, actions, labelled,
                            torch.ones(4, C, dtype=torch.long), horizon,
-                           torch.Generator().manual_seed(0), kind)
+                           torch.Generator().manual_seed(1), kind)     # not the seed of z
 
 
 def test_a_rollout_with_the_cache_equals_one_without():
