@@ -39,6 +39,7 @@ class AgentConfig:
     practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
+    k: int = 0                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
     once: bool = True           # False: a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
@@ -49,7 +50,7 @@ class AgentConfig:
     corrupt: bool = True        # imagined frames enter the context with noise (ablation)
 
     def __post_init__(self):
-        check_config("agent", self, zero=("mtp",))
+        check_config("agent", self, zero=("mtp", "k"))
         for name in ("relevant", "ladder", "gamma", "lam", "pmpo_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
@@ -293,7 +294,7 @@ def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, genera
     at h[:, t], and the imagined latents (B, horizon, S_z, Z). dream: another class than Dream.
     """
     dream = (dream or Dream)(dynamics, generator)
-    dream.corrupt = agent.cfg.corrupt
+    dream.corrupt, dream.k = agent.cfg.corrupt, agent.cfg.k or dream.k
     hs, chosen, frames = [dream.commit(z, actions, labelled, task)[:, -1]], [], []
     for _ in range(horizon):
         action = {k: x[:, None] for k, x in agent.act(hs[-1], generator).items()}

@@ -489,8 +489,8 @@ def interactions(player):
             kind = "make_a_pickaxe" if "pickaxe" in tool else "make_a_sword"
             found[kind] = ([f"make_{tool}"],
                            {tool: 1} | {k: -n for k, n in rule["uses"].items()}, still)
-    damage = max(1, *(n for n, k in ((2, "wood"), (3, "stone"), (5, "iron"))
-                      if have[f"{k}_sword"]), 1)
+    damage = max([1, *(n for n, k in ((2, "wood"), (3, "stone"), (5, "iron"))
+                       if have[f"{k}_sword"])])
     if type(thing).__name__ == "Cow" and thing.health <= damage and have["food"] < 9:
         found["eat_a_cow"] = ["do"], {"food": min(6, 9 - have["food"])}, still
     if all(cell(i) == ("stone", None) for i in (1, 2, 3)) and player.can_dig("stone"):

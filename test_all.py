@@ -1325,6 +1325,23 @@ def test_ablations_of_imagination_change_what_they_name():
     assert torch.equal(imagine_with(horizon=1, corrupt=False)[0][:, 0], hs[0][:, -1])
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_practice_may_take_another_number_of_sampling_steps(k):
+    """Fails if agent.k is not the number of sampling steps of imagined frames, or 0 is not the
+    dynamics' own."""
+    z, actions, labelled = play_inputs(4, 3)
+    task, model = torch.ones(4, 3, dtype=torch.long), tiny_dynamics()
+    assert model.cfg.k == 4
+    calls, forward = [], model.forward
+    model.forward = lambda *args, **kw: calls.append(args[2].flatten()[0].item()) or forward(
+        *args, **kw)
+    imagine_rollout(model, tiny_agent(k=k), z, actions, labelled, task, 1,
+                    torch.Generator().manual_seed(1))
+    assert calls == [1 / 8] + k * [1 / k] + [1 / 8]       # context, k steps of 1 / k, commit
+    h, same = imagine_with(k=k)[0], imagine_with()[0]
+    assert torch.equal(h, same) == (k == 4)
+
+
 def test_advantage_objective_against_a_loop():
     """Fails if the ablation loses the sign, the size or the scale of the advantage, or the KL."""
     generator = torch.Generator().manual_seed(0)
@@ -3795,6 +3812,7 @@ FAULTS = {
     "negative seed": (None, (*NEW, "--seed", "-1"), "Got --seed -1, need a whole number from 0."),
     "long windows too short": (None, (*NEW, "--train.long_length", "8"),
                                "need more than dynamics.context 8"),
+    "sampling steps never learned": (None, (*NEW, "--agent.k", "3"), "Got agent.k 3, need a power"),
     "unknown flag": (None, (*NEW, "--train.stepps", "3"), "unrecognized arguments: --train.stepps"),
     "no such device": (None, (*NEW, "--device", "abacus"), "--device abacus, which torch can't"),
     "no such dtype": (None, (*NEW, "--dtype", "int3"), "Got --dtype int3, need auto, bf16, fp16"),

@@ -132,7 +132,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.encoder_layers": 3,
                  "tokenizer.decoder_layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
                  "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
-                 "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6,
+                 "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6, "agent.k": 1,
                  "train.relevant": 0.5, "train.cooldown": 0.65, "agent.ladder": 0.5,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 2900,
                  "train.agent_steps": 2400, "train.imagine_steps": 300,
@@ -236,6 +236,10 @@ def parse(argv=None):
         raise UserError(f"Got train.long_length {configs['train']['long_length']}, need more than "
                         f"dynamics.context {configs['dynamics']['context']}: else every frame that "
                         "the model sees has the start of the window in sight.")
+    k, finest = configs["agent"]["k"], configs["dynamics"]["k_max"]
+    if k & (k - 1) or k > finest:
+        raise UserError(f"Got agent.k {k}, need a power of two up to dynamics.k_max {finest}, the "
+                        "step sizes that the dynamics learn, or 0.")
     args.run = args.run or configs["data"]["env"].split(":")[0]
     if args.base and (args.stage not in STAGES[1:] or args.base == args.run):
         raise UserError(f"Got --base {args.base} --run {args.run} --stage {args.stage}, need one "
