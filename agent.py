@@ -30,7 +30,7 @@ class AgentConfig:
     mtp: int = 8                # L = 8: heads predict distances 0 .. L
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done, to be cloned
-    ladder: float = 0.0         # of those, share whose task is one of the prompt ladder's
+    ladder: float = 0.0         # of those, share whose task is the ladder's (1: other rows' too)
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
     prompts: bool = True        # False: the policy isn't told its task ("notask")
@@ -47,15 +47,11 @@ class AgentConfig:
     pmpo_beta: float = 0.3      # 0.3
     objective: str = "pmpo"     # "pmpo" | "advantage": weighted by it, normalised (ablation)
     h_pass: str = "commit"      # h of imagined frames: "commit" | "denoise", last pass (ablation)
-    corrupt: bool = True        # imagined frames enter the context with noise (ablation)
+    corrupt: bool = True        # False (ablation): frames enter the context without noise
 
     def __post_init__(self):
-        check_config("agent", self, zero=("mtp", "k"))
-        for name in ("relevant", "ladder", "gamma", "lam", "pmpo_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Got agent.{name} {getattr(self, name)}, need 0 to 1.")
-        if self.relevant == 1:
-            raise UserError("Got agent.relevant 1, need less: the dynamics loss is on the others.")
+        check_config("agent", self, zero=("mtp", "k"),
+                     shares=("relevant", "ladder", "gamma", "lam", "pmpo_alpha"))
         for name, words in (("bc_level", ("context", "uniform")), ("h_pass", ("commit", "denoise")),
                             ("objective", ("pmpo", "advantage")), ("practice", ("ladder", "all"))):
             if getattr(self, name) not in words:
@@ -106,12 +102,11 @@ def action_log_prob(spec, logits, actions):
 
 
 def sample_action(spec, logits, generator=None):
-    """Draw actions from logits (..., n). Returns a dict of (..., nb), (..., nc) and (..., 0)."""
+    """Draw actions from logits (B, n). Returns a dict of (B, nb), (B, nc) and (B, 0)."""
     binary, parts = split_logits(spec, logits)
     keys = torch.rand(binary.shape, generator=generator, device=logits.device) < binary.sigmoid()
-    choices = [torch.multinomial(part.softmax(-1).flatten(0, -2), 1, generator=generator)
-               .view(*part.shape[:-1], 1) for part in parts]
-    empty = torch.zeros(*logits.shape[:-1], 0, device=logits.device)
+    choices = [torch.multinomial(part.softmax(-1), 1, generator=generator) for part in parts]
+    empty = torch.zeros(len(logits), 0, device=logits.device)
     return {"binary": keys.to(torch.uint8), "continuous": empty,
             "categorical": torch.cat(choices, -1) if choices else empty.long()}
 
@@ -226,10 +221,10 @@ def agent_losses(agent, h, actions, labelled, task, events, continues, relevant)
     h (B, T, D), labelled, task, continues (B, T), events (B, T, tasks). -> losses and metrics.
     """
     cfg, L = agent.cfg, agent.cfg.mtp
-    ahead = {name: targets_ahead(x, 1, L) for name, x in actions.items()}
-    valid = next(iter(ahead.values()))[1]
-    valid = valid & targets_ahead(labelled, 1, L)[0] & relevant[:, None, None]
-    policy = action_log_prob(agent.spec, agent.policy(h), {k: x for k, (x, _) in ahead.items()})
+    known, valid = targets_ahead(labelled, 1, L)
+    valid = valid & known & relevant[:, None, None]
+    ahead = {name: targets_ahead(x, 1, L)[0] for name, x in actions.items()}
+    policy = action_log_prob(agent.spec, agent.policy(h), ahead)
     rewards = F.pad(events, (0, 1)).gather(-1, task[..., None])[..., 0]
     reward, reward_valid = targets_ahead(rewards, 0, L)
     reward = two_hot_log_prob(agent.reward_logits(h, task), reward, agent.bins)
@@ -450,10 +445,7 @@ def load_run(path, stage=None, device="cpu", dtype=None):
         for name in ("tokenizer", "dynamics", "agent"):
             if module := getattr(run, name):
                 module.load_state_dict(state[name])
-                module.to(device).eval().requires_grad_(False)
-        for module in (run.tokenizer, run.dynamics) if dtype else ():
-            if module:
-                freeze(module, device, dtype)
+                freeze(module, device, dtype if dtype and name != "agent" else "fp32")
     except READ_ERRORS as error:
         raise UserError(f"Got {path}, which is no checkpoint of this code ({type(error).__name__}: "
                         f"{(str(error) or '?').splitlines()[0]}): train it again with --resume no, "

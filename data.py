@@ -4,7 +4,7 @@ ActionSpec, EnvSpec   what an action and an environment look like
 make_env, VecEnv      Crafter (stands in for Minecraft), or your own class; many in parallel
 CrafterPlayer         a scripted player who sees the whole map (stands in for the contractors)
 Dataset               windows of episodes: half uniform, half relevant to a task (Section 4.1)
-record, describe      the two commands
+record, describe      commands (all: python data.py --help)
 MineRL, import_vpt    real Minecraft: play it, import recordings of it, download_vpt gets them
 Time: row t holds the action that LED TO frame t, and what was received on reaching it.
 """
@@ -79,15 +79,17 @@ def run_cli(main):
         sys.exit(*signalled.args or (130,))
 
 
-def check_config(prefix, cfg, zero=()):
+def check_config(prefix, cfg, zero=(), shares=()):
     """UserError where a setting has another type than its default, or is out of range: whole
-    numbers count from 1 (those in `zero` from 0), others are finite and from 0."""
+    numbers count from 1 (those in `zero` from 0), others are finite and from 0 (`shares` to 1)."""
     for field in fields(cfg):
         value, kind = getattr(cfg, field.name), field.type
         low = int(kind is int and field.name not in zero)
         right = type(value) in (kind, int) if kind is float else type(value) is kind
-        if not right or kind in (int, float) and not low <= value < math.inf:
+        high = 1 if field.name in shares else sys.float_info.max
+        if not right or kind in (int, float) and not low <= value <= high:
             need = f"{kind.__name__} from {low}" if kind in (int, float) else kind.__name__
+            need += " to 1" * (field.name in shares)
             raise UserError(f"Got {prefix}.{field.name} {value!r}, need {need}.")
 
 
@@ -174,8 +176,8 @@ def controls(env):
     spec, keys = env.spec, {name: key for key, name in getattr(env, "keys", {}).items()}
     sizes = spec.actions.categorical[:1]
     names = spec.action_names or [f"action {i}" for i in range(sum(sizes))]
-    found = [(name, "categorical", 0, i) for i, name in enumerate(names)]
-    found += [(f"key {i}", "binary", i, 1) for i in range(spec.actions.binary)]
+    found = [(f"key {i}", "binary", i, 1) for i in range(spec.actions.binary)]
+    found += [(name, "categorical", 0, i) for i, name in enumerate(names)]
     free = iter("1234567890qertyuiopfghjklzxcvbnm" if not keys else "")
     for name, *_ in found:
         arrow = [f"Arrow{x}" for x in ("Left", "Right", "Up", "Down") if x.lower() in name]
@@ -191,6 +193,13 @@ def copy_env(env):
         return copy.deepcopy(env, {id(m): m for m in list(sys.modules.values())})
     except Exception:                                         # processes, sockets, windows, ...
         return None
+
+
+def can_copy(name):
+    """Whether an environment can be copied while it is played."""
+    env = make_env(name)
+    env.reset(0)
+    return copy_env(env) is not None
 
 
 class InsertionSet(dict):
@@ -398,7 +407,7 @@ class CrafterPlayer:
                  self.eat: self.have["food"] <= (1 if self.dark else 5),
                  self.wander: self.rng.random() < self.detour,
                  self.plant: self.rng.random() < self.detour}
-        for plan in needs if len(self.stack) == 1 else ():
+        for plan in needs:
             if needs[plan] and self.clock >= self.retry.get(plan, 0) and len(self.stack) == 1:
                 self.stack.append(plan())
                 self.retry[plan] = self.clock + 30            # may be out of reach: ask seldom
@@ -762,8 +771,9 @@ def check_episode(path, rows, spec):
               "a category out of range": ((category < 0) | (category >= sizes)).any(),
               "a number outside [-1, 1]": not (np.abs(number) <= 1).all(),
               "a key other than 0 and 1": (column(rows, "binary") > 1).any()}
-    for fault in (text for text, there in faults.items() if there):
-        raise UserError(f"got {path}: {fault}; need rows as write_episode says; do: correct them")
+    if found := [text for text, there in faults.items() if there]:
+        raise UserError(f"got {path}: {found[0]}; need rows as write_episode says; do: correct "
+                        "them")
 
 
 def write_about(folder, spec, settings, **more):
@@ -798,7 +808,7 @@ def finish_dataset(folder, spec, settings):
         crc.append(zlib.crc32(rows.view(np.uint8)))
         events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events"))]
     write_about(folder, spec, settings, complete=True, lengths=lengths, events=events, crc=crc,
-                split="valid: every 20th (i % 20 == 19)", content=content.hexdigest())
+                content=content.hexdigest())
 
 
 class Dataset:
@@ -816,10 +826,10 @@ class Dataset:
         if not about["lengths"]:
             raise UserError(f"got {path} without episodes; need at least one; do: record")
         self.spec, self.fingerprint = EnvSpec.from_json(about["spec"]), about["content"]
-        self.lengths, self.events = np.array(about["lengths"]), np.array(about["events"])
+        self.lengths = np.array(about["lengths"])
+        self.events = np.array(about["events"], np.int64).reshape(-1, 3)
         self.settings = about["settings"]
         self.skills = self.settings.get("skills") or ["-"] * len(self.lengths)
-        self.events = self.events.reshape(-1, 3).astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.frames_total = int(self.offsets[-1])
         self.crc = dict(enumerate(about.get("crc", ())))      # of the episodes still to be checked
@@ -884,11 +894,11 @@ class Dataset:
 
     def read(self, episode, start, length, fields=None):
         """Windows -> dict of arrays (n, length, ...): all fields but the probes, or `fields`."""
-        types = {"categorical": np.int64, "continues": np.float32}
+        kinds = {"categorical": np.int64, "continues": np.float32}
         windows = [self.rows(int(e))[s: s + length] for e, s in zip(episode, start, strict=True)]
         batch = {k: np.stack([column(rows, k) for rows in windows])
                  for k in fields or TYPES}
-        return {k: v.astype(types.get(k, v.dtype), copy=False) for k, v in batch.items()}
+        return {k: v.astype(kinds.get(k, v.dtype), copy=False) for k, v in batch.items()}
 
     def episode(self, i):
         """All fields of an episode: dict of arrays (T, ...), views of the memory map."""
@@ -946,7 +956,7 @@ def worker(pipe, function, jobs):
 
 def work(function, jobs, workers):
     """Yields each job with function(*job), from worker processes (0: one for each core)."""
-    n = min(workers or os.cpu_count(), len(jobs))
+    n = min(max(workers, 0) or os.cpu_count(), len(jobs))
     processes, pipes = start_workers(worker, [(function, jobs[i::n]) for i in range(n)])
     left = {pipe: jobs[i::n] for i, pipe in enumerate(pipes)}
     try:
@@ -1107,15 +1117,16 @@ def env_spec(name):
 
 def camera_class(degrees):
     """[pitch, yaw] in degrees (..., 2) -> class (...): 11 x 11 mu-law bins (mu 10, at most 10
-    degrees, VPT's) in one number; 60 is no motion."""
+    degrees, VPT's) in one number, counted on from no motion, which is 0 as in ActionSpec.zeros."""
     x = np.clip(np.asarray(degrees, np.float64), -10, 10)
     bins = np.round((np.sign(x) * np.log1p(np.abs(x)) / np.log(11) + 1) * 5).astype(np.int64)
-    return 11 * bins[..., 0] + bins[..., 1]
+    return (11 * bins[..., 0] + bins[..., 1] - 60) % 121
 
 
 def camera_degrees(number):
     """Class (...) -> degrees (..., 2) at the bins' centres."""
-    y = np.stack([np.asarray(number) // 11, np.asarray(number) % 11], -1) / 5 - 1
+    number = (np.asarray(number) + 60) % 121
+    y = np.stack([number // 11, number % 11], -1) / 5 - 1
     return np.sign(y) * (11 ** np.abs(y) - 1)
 
 
@@ -1255,13 +1266,6 @@ def video_frames(path, fps=None):
         yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
 
 
-def npy_header(dtype, n):
-    """Of an .npy file with n rows; 1024 bytes for any n, so that n may be written last."""
-    text = repr({"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                 "shape": (n,)}).ljust(1013) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
 def part_name(video):
     """Of its files while the import goes on; videos of one name may lie in two folders."""
     return f"{video.stem}-{zlib.crc32(str(video.resolve()).encode()):08x}"
@@ -1278,7 +1282,8 @@ def import_one(video, folder, size, fps=None):
 
     def write(file):
         nonlocal count
-        file.write(npy_header(row.dtype, 0))
+        head = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**head, "shape": (0,)})     # room for any n
         for t in range(start, end):
             try:
                 frame = next(frames, None)
@@ -1293,7 +1298,7 @@ def import_one(video, folder, size, fps=None):
             file.write(row.tobytes())
             count += 1
         file.seek(0)
-        file.write(npy_header(row.dtype, count - start))
+        np.lib.format.write_array_header_1_0(file, {**head, "shape": (count - start,)})
 
     try:
         if fps:
@@ -1424,8 +1429,10 @@ def import_vpt(src, out, size, part="all", workers=0):
 
 def import_video(videos, out, size, fps=20.0, workers=0):
     """Import any videos, without actions: every row is unlabelled."""
-    for video in (v for v in videos if not Path(v).is_file()):
-        raise UserError(f"got no file {video}; need videos; do: correct the path")
+    if missing := [v for v in videos if not Path(v).is_file()]:
+        raise UserError(f"got no file {missing[0]}; need videos; do: correct the path")
+    if not 0 < fps < math.inf:
+        raise UserError(f"got --fps {fps}; need frames a second above 0; do: leave it at 20")
     return import_files([Path(v) for v in videos], out, size, workers, fps)
 
 
@@ -1555,7 +1562,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("record", help="record play; goes on where it was interrupted")
-    new.add_argument("--env", default="crafter", help="'crafter' or 'module:Class'")
+    new.add_argument("--env", default="crafter", help="'crafter', 'minerl' or 'module:Class'")
     new.add_argument("--episodes", type=int, default=400)
     new.add_argument("--length", type=int, default=300, help="most frames in an episode")
     new.add_argument("--workers", type=int, default=0, help="0 = one per core")

@@ -45,18 +45,16 @@ class DynamicsConfig:
     single_images: float = 0.1  # 0.3: share of rows trained as separate images
 
     def __post_init__(self):
-        check_config("dynamics", self, zero=("tasks", "registers"))
+        check_config("dynamics", self, zero=("tasks", "registers"),
+                     shares=("p_boot", "tau_ctx", "single_images"))
         check_transformer("dynamics", self, self.layers)
         for name in ("k_max", "k"):
             value = getattr(self, name)
-            if value < 1 or value & (value - 1) or value > self.k_max:
+            if value & (value - 1) or value > self.k_max:
                 raise UserError(f"Got dynamics.{name} {value}: need a power of two, k <= k_max.")
         for name in ("prediction", "loss_space"):
             if getattr(self, name) not in ("x", "v"):
                 raise UserError(f"Got dynamics.{name} {getattr(self, name)!r}, need 'x' or 'v'.")
-        for name in ("p_boot", "tau_ctx", "single_images"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Got dynamics.{name} {getattr(self, name)}, need 0 to 1.")
 
 
 # ----------------------------------------------------------------------- equations 2, 4 to 8
@@ -142,24 +140,18 @@ class ActionEmbedding(nn.Module):
     def __init__(self, spec, tokens, dim):
         super().__init__()
         self.shape = (tokens, dim)
-        self.register_buffer("first", torch.tensor([0, *spec.categorical])[:-1].cumsum(0),
-                             persistent=False)      # where each categorical part's rows start
+        sizes = [2] * spec.binary + list(spec.categorical)      # a key: up or down
+        self.register_buffer("first", torch.tensor([0, *sizes])[:-1].cumsum(0),
+                             persistent=False)      # where each part's rows start
         self.base = nn.Parameter(torch.randn(tokens, dim) * 0.02)
-        self.binary = nn.Embedding(2 * spec.binary, tokens * dim) if spec.binary else None
-        self.categorical = (nn.Embedding(sum(spec.categorical), tokens * dim)
-                            if spec.categorical else None)
+        self.categorical = nn.Embedding(sum(sizes), tokens * dim)
         self.continuous = (nn.Linear(spec.continuous, tokens * dim, bias=False)
                            if spec.continuous else None)
 
     def forward(self, actions, labelled):
         """actions: dict of binary (B, T, nb), categorical (B, T, nc), continuous (B, T, na)."""
-        total = 0.0
-        if self.binary is not None:
-            keys = actions["binary"].long()
-            total = total + self.binary(keys + 2 * torch.arange(keys.shape[-1],
-                                                                device=keys.device)).sum(2)
-        if self.categorical is not None:
-            total = total + self.categorical(actions["categorical"].long() + self.first).sum(2)
+        parts = torch.cat([actions["binary"].long(), actions["categorical"].long()], -1)
+        total = self.categorical(parts + self.first).sum(2)
         if self.continuous is not None:
             total = total + self.continuous(actions["continuous"]).float()
         total = torch.where(labelled[..., None], total, 0.0)
@@ -236,7 +228,7 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     B, T = z1.shape[:2]
     n = B if n_loss is None else n_loss
     tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, generator, z1.device)
-    tau[B - context_level:] = model.tau_ctx
+    tau[B - context_level:], d[B - context_level:] = model.tau_ctx, model.d_min
     z0 = torch.randn(z1.shape, generator=generator, device=z1.device)
     z_tilde = corrupt(z0, z1, tau)
     z1_hat, h = model(z_tilde, tau, d, actions, labelled, task, single)

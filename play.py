@@ -3,6 +3,7 @@
     python play.py --run runs/crafter            a game in the browser: dream beside reality
     python play.py eval --run runs/crafter       world model and agents, into results.json
     python play.py world --run runs/crafter      more on the world model: rules, interactions, K
+    python play.py labels --run A --with none=B  what part of the actions' labels does
     python play.py bench                         speeds at pinned shapes
     python play.py dream --run runs/crafter      a GIF: context, imagined and real side by side
     python play.py report --run runs/crafter     one page: report.md with pictures
@@ -21,6 +22,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import socketserver
 import struct
 import sys
@@ -42,9 +44,9 @@ from tqdm import tqdm
 
 from agent import (STAGES, Agent, AgentConfig, autocast, freeze, imagine_rollout, load_run,
                    pick_device, pick_dtype, sample_action, split_logits)
-from data import (MOVES, PROCESSES, ActionSpec, Dataset, UserError, VecEnv, branch_off, controls,
+from data import (MOVES, ActionSpec, Dataset, UserError, VecEnv, branch_off, can_copy, controls,
                   copy_env, finish_dataset, make_env, play_episode, read_json, record, rng_for,
-                  run_cli, write_episode, write_whole)
+                  run_cli, work, write_episode, write_whole)
 from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses, euler_sample
 from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
 
@@ -53,6 +55,7 @@ REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 20_000, 3
 INTERACTIONS = 2            # version of the scripts and of how their contexts are chosen
 TEMPERATURES = (1.0, 0.75, 0.5, 0.3)
 FILM = 1000                 # most frames of an episode's GIF
+GREEN, ORANGE = (60, 170, 90), (240, 140, 20)           # borders: real, imagined
 
 
 # --------------------------------------------------------------------- intervals, results.json
@@ -149,7 +152,7 @@ def reference_clips(dataset, per_episode, length, device):
 
 def to_tensors(batch, device):
     """What Dataset.read gives -> tensors, and the actions among them once more."""
-    clips = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in batch.items()}
+    clips = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
     return clips, {k: clips[k] for k in ("binary", "categorical", "continuous")}
 
 
@@ -214,11 +217,11 @@ def ssim(x_hat, x):
 def in_sight(before, after):
     """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be known,
     bool (N, 9, 7): they lay open in the view of `before`; and what was there (N, 9, 7)."""
-    shift = after["probe_player"][:, 2:].astype(int) - before["probe_player"][:, 2:]
-    column, row = (np.arange(n).reshape(1, *form) + shift[:, i].reshape(-1, 1, 1)
-                   for i, (n, form) in enumerate(((9, (9, 1)), (7, (1, 7)))))
+    dx, dy = (after["probe_player"][:, 2:].astype(int)
+              - before["probe_player"][:, 2:]).T[:, :, None, None]
+    column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy         # (N, 9, 1), (N, 1, 7)
     inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
-    was = before["probe_semantic"][np.arange(len(shift))[:, None, None], column.clip(0, 8),
+    was = before["probe_semantic"][np.arange(len(dx))[:, None, None], column.clip(0, 8),
                                    row.clip(0, 6)]
     terrain = lambda x: (x >= 1) & (x <= 12)
     return inside & terrain(was) & terrain(after["probe_semantic"]), was
@@ -268,7 +271,7 @@ def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizo
                    simulator=False, picture=None):
     """PSNR, SSIM and symbols on the reference set -> entries for results.json.
 
-    Curves by horizon: the dream with true actions and with those of the next episode ("shuffled",
+    Curves by horizon: the dream with true actions and with those of another episode ("shuffled",
     same noise, same contexts), the last frame repeated, the tokenizer's reconstruction, and, with
     `simulator`, the true game under the shuffled actions. picture: path of a chart of them.
     """
@@ -373,13 +376,11 @@ def evaluate_labels(runs, dataset, dtype="auto", per_episode=4, context=16, hori
     clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
     real, where = clips["frames"][:, context:], clips["where"]
     cave = in_cave(read_probes(dataset, *where, context + horizon)["probe_semantic"][:, context:])
-    scores, entries, seen = {}, {}, {}
+    scores, entries = {}, {}
     for name, run in runs.items():
-        labelled, eyes = clips["labelled"] & (name != "none"), run.tokenizer.state_dict()
+        labelled = clips["labelled"] & (name != "none")
         with autocast(device, dtype):
-            if any(not torch.equal(x, seen.get(k, x + 1)) for k, x in eyes.items()):
-                seen = eyes                         # another tokenizer than the run's before
-                z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"].split(16)])
+            z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"].split(16)])
             film = dream_clips(run, z, actions, labelled, horizon)[:, context:]
         scores[name] = squared_error(film, real), ssim(film, real)
     interval = functools.partial(bootstrap, block=per_episode)
@@ -445,8 +446,8 @@ def play_on(dataset, episode, start, context, actions):
                      {k: np.array(recorded[k]) for k in keys},
                      [(int(start[r]) + context - 1,
                        {k: actions[k][r, context:].cpu().numpy() for k in keys}) for r in rows]))
-    with PROCESSES.Pool() as pool:
-        films = [film for part in pool.starmap(branch_off, jobs) for film in part]
+    done = {job[1]: part for job, part in work(branch_off, jobs, 0)}    # by world, as they end
+    films = [film for seed in sorted(done) for film in done[seed]]
     order = np.argsort(np.argsort(episode, kind="stable"))
     return tuple(np.stack(x)[order] for x in zip(*films, strict=True))
 
@@ -472,12 +473,11 @@ def interactions(player):
             found[action.replace("move", "walk")] = [action], {}, move
         if there == "water":
             found["stopped_by_water"] = [action], {}, still
-    for item, sources in (("wood", ["tree"]), ("stone", ["stone"]), ("drink", ["water"]),
-                          ("coal", ["coal"]), ("iron", ["iron"]), ("diamond", ["diamond"])):
-        dig = material == "water" or player.can_dig(material)
-        if material in sources and not thing and dig and have[item] < 9:
-            kind = {"wood": "cut_a_tree", "drink": "drink", "stone": "mine_stone"}
-            found[kind.get(item, "mine_ore")] = ["do"], {item: 1}, still
+    item, kind = {"tree": ("wood", "cut_a_tree"), "water": ("drink", "drink"),
+                  "stone": ("stone", "mine_stone")}.get(material, (material, "mine_ore"))
+    diggable = item in ("wood", "drink", "stone", "coal", "iron", "diamond")
+    if diggable and not thing and have[item] < 9 and (item == "drink" or player.can_dig(material)):
+        found[kind] = ["do"], {item: 1}, still
     for item in ("stone", "table", "furnace"):
         rule = rules.place[item]
         if not thing and material in ("grass", "sand", "path") and owns(rule["uses"]):
@@ -523,7 +523,7 @@ def try_script(env, kind, script, gain, walked):
         if terminal:
             return None
         pair = [{k: x[None] for k, x in probe.items()} for probe in (before, rows[-1][2])]
-        known, was = in_sight(*pair)
+        known = in_sight(*pair)[0]
         shows.append(ratio(known & (pair[1]["probe_semantic"] != pair[0]["probe_semantic"]), known))
     after = rows[-1][2]
     change = dict(zip(items, after["probe_inventory"].astype(int) - before["probe_inventory"],
@@ -618,7 +618,7 @@ def evaluate_interactions(run, dataset, dtype="auto", picture=None):
         n = len(rows)
         entries[f"interaction_{kind}"] = good.mean(), *wilson(int(good.sum()), n), n, "share"
         passed[kind] = good
-        color = lambda ok: (60, 170, 90) if ok else (200, 40, 40)
+        color = lambda ok: GREEN if ok else (200, 40, 40)
         strips.append(np.concatenate([np.concatenate(
             [border(real[i, context - 1], (90, 90, 90)), border(dreamed[i, -1], color(good[i])),
              border(real[i, -1], (90, 90, 90))], 1) for i in range(min(4, n))], 1))
@@ -716,16 +716,16 @@ def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=1
                 frames += [run.tokenizer.decode(x).cpu() for x in z.split(16)]
         frames = torch.cat(frames)
         fakes[k] = project(random_features(frames))
-        entries[f"frechet_k{k}"] = *bootstrap(lambda x: frechet(real, x), fakes[k], n=100), n, \
-            "distance"
+        entries[f"frechet_k{k}"] = frechet(real[half], fakes[k]), None, None, n, "distance"
         if reader:
             some = frames[:: max(1, n // 256), -1]
             legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
             entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
-    if {4, 16} <= set(ks):              # the same videos drawn again for both: what is shared goes
+    # rows drawn twice make a distance larger: intervals of its ratio alone
+    if {4, 16} <= set(ks):
         entries["frechet_k4_over_k16"] = *bootstrap(
-            lambda x, y: frechet(real, x) / frechet(real, y), fakes[4], fakes[16], n=100), n, \
-            "ratio"
+            lambda x, y: frechet(real[half], x) / frechet(real[half], y), fakes[4], fakes[16],
+            n=100), n, "ratio"
     return entries
 
 
@@ -826,13 +826,10 @@ class Recomputed(Dream):
 def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, kind=Dream, repeats=12):
     """Frames/s of a dream of B rows on a full context; tokenizer: frames are decoded as well;
     kind: Dream, or Recomputed."""
-    cfg = model.cfg
-    model.cfg = dataclasses.replace(cfg, k=k or cfg.k)
-    spec = model.action_spec
+    inputs, one = (empty_inputs(model.cfg, model.action_spec, B, T, device) for T in (context, 1))
     with autocast(device, dtype):
-        dream = kind(model, cache=Cache(context))
-        view = None if tokenizer is None else tokenizer.new_cache()
-        inputs, one = (empty_inputs(cfg, spec, B, T, device) for T in (context, 1))
+        dream, view = kind(model, cache=Cache(context)), tokenizer and tokenizer.new_cache()
+        dream.k = k or dream.k
         dream.commit(*inputs)
 
         def step():
@@ -840,9 +837,7 @@ def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, kind=Dr
             if view:
                 tokenizer.decode(z, view).cpu()
 
-        rate = B / seconds(step, repeats, device)
-    model.cfg = cfg
-    return rate
+        return B / seconds(step, repeats, device)
 
 
 @torch.no_grad()
@@ -869,17 +864,16 @@ def compiled(run):
 
 
 @torch.no_grad()
-def measure_speed(run, dtype="auto", frames=40, rollouts=3):
+def measure_speed(run, dtype="auto"):
     """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
-    device, cfg = run.device, run.dynamics.cfg
-    entry = lambda value, n: (value, None, None, n, "frames/s")
-    entries = {"dream_fps_batch1": entry(dream_rate(
-        run.dynamics, 1, cfg.context, device, dtype, None, run.tokenizer, repeats=frames), frames)}
+    context, device = run.dynamics.cfg.context, run.device
+    rates = {"dream_fps_batch1": dream_rate(run.dynamics, 1, context, device, dtype, None,
+                                            run.tokenizer, repeats=40)}
     if run.agent:
-        world, agent, batch = compiled(run), run.agent, run.meta["config"]["train"]["imagine_batch"]
-        entries["imagined_frames_per_s"] = entry(imagination_rate(
-            world, agent, batch, agent.cfg.context, agent.cfg.horizon, device, dtype), rollouts)
-    return entries
+        agent, batch = run.agent, run.meta["config"]["train"]["imagine_batch"]
+        rates["imagined_frames_per_s"] = imagination_rate(
+            compiled(run), agent, batch, agent.cfg.context, agent.cfg.horizon, device, dtype)
+    return {name: (rate, None, None, 1, "frames/s") for name, rate in rates.items()}
 
 
 def matmul_peak(device, dtype, repeats=8):
@@ -892,7 +886,7 @@ def matmul_peak(device, dtype, repeats=8):
 
 
 def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
-    """Frames/s and FLOP/s (matrix products, forward and backward) of a training step."""
+    """Frames/s and FLOP/s (matrix products, the optimizer's too) of a training step."""
     from train import compile_module, make_optimizers       # later in the order of imports
     from torch.utils.flop_counter import FlopCounterMode
     optimizers = make_optimizers([model], 1e-4, 1e-4)
@@ -986,12 +980,9 @@ def bench(device, dtype="auto"):
         note(f"dream_parameters_x{times}", 1000 / dream_rate(
             bigger, 1, 64, device, dtype, repeats=60), "ms a frame")
     with torch.no_grad(), autocast(device, dtype):
-        dream, cost, one = Dream(net), [], empty_inputs(net.cfg, spec, 1, 1, device)[1]
-        for _ in range(510):
-            begin = time.perf_counter()
-            dream.step(one)
-            cost.append(time.perf_counter() - begin)
-    note("frame500_over_frame100", np.median(cost[490:510]) / np.median(cost[90:110]), "ratio")
+        dream, one = Dream(net), empty_inputs(net.cfg, spec, 1, 1, device)[1]
+        cost = [seconds(lambda: dream.step(one), 19, device) for _ in range(26)]    # of 20 frames
+    note("frame500_over_frame100", cost[25] / cost[5], "ratio")
     note("peak_memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
     return entries
 
@@ -1032,15 +1023,11 @@ def ladder_prompts(data):
 class Actor:
     """The policy in N real environments at once: frames in, sampled actions out."""
 
-    def __init__(self, run, task, generator, temperature=1.0):
+    def __init__(self, run, generator, temperature=1.0):
         self.run, self.generator, self.temperature = run, generator, temperature
         self.dream, self.encoder = Dream(run.dynamics, generator), run.tokenizer.new_cache()
         self.device = run.device
-        self.task, self.history = self.prompt(task), []
-
-    def prompt(self, task):
-        task = torch.as_tensor(task, device=self.device)
-        return self.run.agent.prompt(task)
+        self.history = []
 
     @torch.no_grad()
     def observe(self, frames, actions, labelled, task, changed=None):
@@ -1053,7 +1040,7 @@ class Actor:
         z = self.run.tokenizer.encode(rows, self.encoder)
         context = self.dream.cache.context
         self.history = [*self.history, (z, actions, labelled)][-context:]
-        self.task = self.prompt(task)
+        self.task = self.run.agent.prompt(torch.as_tensor(task, device=self.device))
         self.h = self.dream.commit(z, actions, labelled, self.task[:, None])[:, 0]
         if changed is not None and changed.any():
             self.replay(torch.as_tensor(np.flatnonzero(changed), device=self.device))
@@ -1091,15 +1078,13 @@ def evaluate_agent(worlds, length, run=None, dtype="auto", seed=0, gif=None, tem
     Returns first (N, tasks + 1): the step at which each task was first done and, last, that of
     death, inf where never. gif: a path for the first world's frames.
     """
-    rng, device = np.random.default_rng(seed), pick_device("cpu")
+    rng, device = np.random.default_rng(seed), run.device if run else torch.device("cpu")
     frames, spec, N = worlds.reset(), worlds.spec, len(worlds.seeds)
     ladder, film, alive = Ladder(spec, N), [frames[0]], np.arange(N)
     first = np.full((N, len(spec.tasks) + 1), np.inf)
-    if run:
-        device = run.device
-        actor = Actor(run, ladder.task, torch.Generator(device).manual_seed(seed), temperature)
     with autocast(device, dtype):
         if run:
+            actor = Actor(run, torch.Generator(device).manual_seed(seed), temperature)
             actor.observe(frames, spec.actions.zeros(N), False, ladder.task)
         for step in tqdm(range(1, length + 1), desc=f"{N} episodes", leave=False):
             chosen = actor.act() if run else spec.actions.sample(rng, len(alive))
@@ -1110,7 +1095,7 @@ def evaluate_agent(worlds, length, run=None, dtype="auto", seed=0, gif=None, tem
             now = np.concatenate([events > 0, terminal[:, None]], 1)
             first = np.where(now & np.isinf(first), step, first)
             changed = ladder.advance(events)
-            film += [frames[0]] if len(film) < FILM else []
+            film += [frames[0]] if 0 in alive and len(film) < FILM else []
             if terminal.all():
                 break
             if run and terminal[alive].any():           # the dead aren't computed any more
@@ -1165,19 +1150,14 @@ def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0)
     return first
 
 
-def t_share(df):
-    """Student's t with df degrees of freedom: a grid of t >= 0, and P(|T| <= t) at each."""
-    angle = np.linspace(0, np.pi / 2, 200_001)[:-1]             # t = sqrt(df) tan(angle)
-    share = np.cumsum(np.cos(angle) ** (df - 1))
-    return math.sqrt(df) * np.tan(angle), share / share[-1]
-
-
 def t_interval(x):
     """Mean of few runs, its 95 % t interval, and two-sided p of mean 0: x (n,) -> 4 numbers."""
     n, mean = len(x), float(np.mean(x))
     if n < 2:
         return mean, -math.inf, math.inf, 1.0
-    t, share = t_share(n - 1)
+    angle = np.linspace(0, np.pi / 2, 200_001)[:-1]             # t = sqrt(n - 1) tan(angle)
+    share = np.cumsum(np.cos(angle) ** (n - 2))                 # P(|T| <= t), times its last
+    t, share = math.sqrt(n - 1) * np.tan(angle), share / share[-1]
     error = float(np.std(x, ddof=1)) / math.sqrt(n)
     half = float(np.interp(0.95, share, t)) * error
     p = 1 - float(np.interp(abs(mean) / error, t, share)) if error else 1.0     # nothing to go by
@@ -1285,43 +1265,38 @@ def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", work
             firsts[agent] = played(folder, fewer if agent == "player" else worlds,
                                    {"bc": "agent", "rl": "imagine"}.get(agent, agent), length,
                                    device, dtype)[None]
-    return agent_entries(load_run(folder, None, device).spec, firsts, length)
+    return agent_entries(worlds.spec, firsts, length)
 
 
 def compare_agents(folder, text, episodes, length, device, dtype="auto", workers=0):
-    """text: "bc=seed*:agent rl=seed*:imagine cool=seed*:agent@best", an agent is a stage of all
+    """text: "bc=seed*:agent,rl=seed*:imagine,cool=seed*:agent@best", an agent is a stage of all
     runs whose names match, at a temperature of its actions (default 1; best: of TEMPERATURES, by
     their mean ladder score in 50 validation worlds) -> entries for results.json."""
     env, firsts, entries = data_config(folder)["env"], {}, {}
-    spec = load_run(folder, None, device).spec
     with (VecEnv(env, range(TEST_SEED, TEST_SEED + episodes), workers) as worlds,
           VecEnv(env, range(VALIDATION_SEED, VALIDATION_SEED + 50), workers) as trial):
         play_in = lambda runs, agent, worlds, t=1.0: np.stack([
             played(run, worlds, agent, length, device, dtype, t) for run in runs])
-        for item in text.replace(",", " ").split():
+        for item in text.split(","):
             match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|\d*\.?\d+))?", item)
-            name, pattern, stage, temperature = match.groups() if match else (None,) * 4
-            if match and temperature != "best":
-                temperature = float(temperature or 1)
-                if not temperature:
-                    raise UserError(f"Got --compare {item!r}, need a temperature above 0.")
-            runs = [p for p in sorted(Path(folder).parent.glob(pattern or "-"))
+            name, pattern, stage, heat = match.groups("1") if match else ("", "-", "", "0")
+            runs = [p for p in sorted(Path(folder).parent.glob(pattern))
                     if (p / f"{stage}.pt").exists()]
-            if not runs:
+            if not runs or heat != "best" and not float(heat):
                 raise UserError(f"Got --compare {item!r}, need NAME=RUNS:STAGE or NAME=RUNS:STAGE"
-                                "@TEMPERATURE with the names of runs that have a stage agent or "
-                                "imagine, * for any letters: bc=seed*:agent.")
-            if temperature == "best":
-                scores = {t: ladder_scores(spec, play_in(runs, stage, trial, t)).mean()
+                                "@TEMPERATURE (above 0, or best) with the names of runs that have "
+                                "a stage agent or imagine, * for any letters: bc=seed*:agent.")
+            if heat == "best":
+                scores = {t: ladder_scores(worlds.spec, play_in(runs, stage, trial, t)).mean()
                           for t in TEMPERATURES}
-                temperature = max(scores, key=scores.get)
+                heat = max(scores, key=scores.get)
                 entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50 * len(runs), "rungs")
                             for t, x in scores.items()}
-            entries[f"temperature_{name}"] = temperature, None, None, len(runs), ""
-            firsts[name] = play_in(runs, stage, worlds, temperature)
-        for bound in ("random", "player") if hasattr(make_env(env), "player") else ():
+            entries[f"temperature_{name}"] = float(heat), None, None, len(runs), ""
+            firsts[name] = play_in(runs, stage, worlds, float(heat))
+        for bound in ("random", *["player"] * hasattr(make_env(env), "player")):
             firsts[bound] = play_in([folder], bound, worlds)
-    return entries | agent_entries(spec, firsts, length)
+    return entries | agent_entries(worlds.spec, firsts, length)
 
 
 @torch.no_grad()
@@ -1443,9 +1418,9 @@ def dream_film(run, dataset, rows=4, context=16, horizon=32, dtype="auto", seed=
         z = run.tokenizer.encode(real)
         dreamed = dream_clips(run, z, {k: x[pick] for k, x in actions.items()}, labelled, horizon,
                               seed).cpu().numpy()
-    left = np.concatenate([border(dreamed[:, :context], (60, 170, 90)),
-                           border(dreamed[:, context:], (240, 140, 20))], 1)
-    pairs = np.concatenate([left, border(real.cpu().numpy(), (60, 170, 90))], -2)
+    left = np.concatenate([border(dreamed[:, :context], GREEN),
+                           border(dreamed[:, context:], ORANGE)], 1)
+    pairs = np.concatenate([left, border(real.cpu().numpy(), GREEN)], -2)
     return np.concatenate(list(pairs), -2)      # the clips side by side
 
 
@@ -1518,7 +1493,7 @@ def agents_in(results, spec):
 
 def picture_rungs(path, spec, results, measure):
     """Bars of success or time per rung and agent with intervals (the paper's Figures 3 and 4)."""
-    agents = [a for a in agents_in(results, spec) if f"{measure}_{a}_{spec.rungs[0]}" in results]
+    agents = agents_in(results, spec)
     if not agents:
         return
     figure, ((axis,),) = new_figure(1, 1, (13, 3.6))
@@ -1618,7 +1593,7 @@ def write_report(folder):
 # ------------------------------------------------------------------------ play inside the dream
 
 PLAY_SEED, PLAYED, MAX_ROWS, MAX_BODY = 40_000, 64, 3000, 4096
-WORLDS, GREEN, ORANGE = ("dream", "real"), (60, 170, 90), (240, 140, 20)
+WORLDS = ("dream", "real")
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
            "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
            "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"}
@@ -1708,7 +1683,7 @@ class Session:
              self.dream.imagine(actions, labelled))
         self.rows, self.film = {"dream": [], "real": rows}, []
         for picture, row in zip(self.commit(z, actions, labelled), seen, strict=True):
-            self.rows["dream"].append((picture, *(row[1:] if self.film else empty)))
+            self.rows["dream"].append((picture, *((*row[1:3], True) if self.film else empty)))
             self.shoot(picture, row[0], GREEN if start != "nothing" else ORANGE)
         return {**self.show(), "controls": self.keys, "tasks": self.prompts,
                 "policies": list(self.policies), "k_max": self.cfg.k_max, "k": self.cfg.k,
@@ -1793,7 +1768,7 @@ class Session:
         for w, world in enumerate(self.worlds if self.policies else ()):
             prompt, logits = self.policy(w)
             binary, parts = split_logits(self.spec.actions, logits[0])
-            p = torch.cat([*(x.softmax(-1) for x in parts[:1]), binary.sigmoid()]).tolist()
+            p = torch.cat([binary.sigmoid(), *(x.softmax(-1) for x in parts[:1])]).tolist()
             h = self.h[w, prompt]
             minds[world] = {"prompt": prompt, "rewards": self.rewards[w].tolist(), "policy": p,
                             "value": agent.values(h).item(),
@@ -1839,7 +1814,7 @@ class Session:
         return {"sees": [png(x[0]) for x in sees.cpu().numpy()],
                 "predicts": [png(x[0]) for x in rebuilt.cpu().numpy()]}
 
-    def save(self, request=None):
+    def save(self, request):
         """The session as a GIF, and what each world showed as an episode of a dataset."""
         for world in self.worlds:
             folder = self.folder / world
@@ -1975,10 +1950,6 @@ def film_actions(args):
     return np.stack(session.film)
 
 
-def whole_numbers(text):
-    return [int(part) for part in text.split(",")]
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -2003,7 +1974,8 @@ def make_parser():
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
     parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
-    parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...", type=whole_numbers,
+    parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...",
+                        type=lambda text: [int(k) for k in text.split(",")],
                         help="world: the sampling steps that are compared")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
@@ -2016,7 +1988,7 @@ def make_parser():
 
 def evaluate(words):
     """`play.py eval` and the end of train.py: words of the command line -> results.json."""
-    args, command = make_parser().parse_args(words), "python play.py " + " ".join(words)
+    args, command = make_parser().parse_args(words), "python play.py " + shlex.join(words)
     folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
     if args.compare:
         return add_results(folder, command, compare_agents(
@@ -2029,7 +2001,7 @@ def evaluate(words):
     if run.agent and not args.world_only:
         add_results(folder, command, evaluate_heads(run, dataset, args.dtype))
         picture_imagined(run, dataset, folder / "imagined.png", dtype=args.dtype)
-        if run.spec.ladder and "seed" in dataset.settings and copy_env(make_env(settings["env"])):
+        if run.spec.ladder and "seed" in dataset.settings and can_copy(settings["env"]):
             runs = {name: load_run(folder, stage, device, args.dtype)
                     for name, stage in (("bc", "agent"), ("rl", "imagine"))
                     if (folder / f"{stage}.pt").exists()}
@@ -2048,13 +2020,12 @@ def evaluate_world_more(args, command):
     if bad := set(parts) - {"rollouts", "interactions", "sampling", "long"}:
         raise UserError(f"Got parts {sorted(bad)}, need some of rollouts, interactions, sampling "
                         "and long.")
-    if run.dynamics is None:
-        raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
     if "interactions" in parts and not hasattr(make_env(settings["env"]), "reader"):
         raise UserError(f"Got --parts {args.parts}, need it without interactions: they are "
                         f"scripted for crafter, not for {settings['env']}.")
     measures = {
-        "rollouts": lambda: evaluate_world(run, dataset, args.dtype, simulator=True,
+        "rollouts": lambda: evaluate_world(run, dataset, args.dtype,
+                                           simulator="seed" in dataset.settings,
                                            picture=folder / "rollouts.png"),
         "interactions": lambda: evaluate_interactions(
             run, interaction_set(settings["env"]), args.dtype, folder / "interactions.png"),
@@ -2070,6 +2041,8 @@ def evaluate_world_more(args, command):
 def open_run(args, settings, device):
     """The run and the reference set that it is judged by."""
     run = load_run(args.run, args.stage, device, args.dtype)
+    if run.dynamics is None and args.command != "eval":
+        raise UserError(f"No dynamics in {args.run}: run 'python train.py --stage dynamics'.")
     if run.dynamics and args.k:
         run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
@@ -2078,17 +2051,15 @@ def open_run(args, settings, device):
 
 def main():
     args = make_parser().parse_args()
-    folder = Path(args.run)
+    folder, command = Path(args.run), "python play.py " + shlex.join(sys.argv[1:])
     if args.command == "report":
         print(write_report(folder))
     elif args.command == "serve":
         serve(args)
     elif args.command == "eval":
         evaluate(sys.argv[1:])
-        print(results_table(read_results(folder)))
     elif args.command == "world":
-        evaluate_world_more(args, "python play.py " + " ".join(sys.argv[1:]))
-        print(results_table(read_results(folder)))
+        evaluate_world_more(args, command)
     elif args.command == "labels":
         device, settings = pick_device(args.device), data_config(folder)
         args.stage = args.stage or "dynamics"           # as many steps in all of them
@@ -2099,25 +2070,23 @@ def main():
                             "without labels and those in between; --run is the one with all.")
         runs = {"all": run} | {k: load_run(r, args.stage, device, args.dtype)
                                for k, r in others.items()}
-        add_results(folder, "python play.py " + " ".join(sys.argv[1:]),
-                    evaluate_labels(runs, dataset, args.dtype))
-        print(results_table(read_results(folder)))
+        add_results(folder, command, evaluate_labels(runs, dataset, args.dtype))
     elif args.command == "bench":
         entries = bench(pick_device(args.device), args.dtype)
         if folder.is_dir():
-            add_results(folder, "python play.py " + " ".join(sys.argv[1:]), entries)
-    elif args.actions is not None:
-        path = Path(args.out or folder / "dream.gif")
-        write_film(path, film_actions(args))
-        print(path)
+            add_results(folder, command, entries)
     else:
-        run, dataset = open_run(args, data_config(folder), pick_device(args.device))
-        if run.dynamics is None:
-            raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
         path = Path(args.out or folder / "dream.gif")
-        write_film(path, dream_film(run, dataset, args.clips, horizon=args.horizon,
-                                    dtype=args.dtype, seed=args.seed))
+        if args.actions is not None:
+            film = film_actions(args)
+        else:
+            run, dataset = open_run(args, data_config(folder), pick_device(args.device))
+            film = dream_film(run, dataset, args.clips, horizon=args.horizon, dtype=args.dtype,
+                              seed=args.seed)
+        write_film(path, film)
         print(path)
+    if args.command in ("eval", "world", "labels"):
+        print(results_table(read_results(folder)))
 
 
 if __name__ == "__main__":

@@ -873,8 +873,8 @@ def test_unlabelled_frames_have_the_base_embedding_alone():
     assert torch.equal(out[:, 1], embed.base.expand(3, 2, 8))
     key = actions["binary"][0, 0].long()
     a, b = actions["categorical"][0, 0]
-    want = (embed.binary.weight[key[0]] + embed.binary.weight[2 + key[1]]
-            + embed.categorical.weight[a] + embed.categorical.weight[3 + b]
+    rows = embed.categorical.weight
+    want = (rows[key[0]] + rows[2 + key[1]] + rows[4 + a] + rows[7 + b]
             + embed.continuous.weight @ actions["continuous"][0, 0])
     assert torch.allclose(out[0, 0], embed.base + want.view(2, 8), atol=1e-5)
     model = tiny_dynamics()
@@ -972,6 +972,14 @@ def test_dynamics_loss_rows():
     assert (seen[0][1][4:] == model.tau_ctx).all() and len(seen) == 3
     assert [len(args[0]) for args in seen] == [6, 2, 2] and h.shape == (6, 4, 16)
     assert (seen[0][2][2:] == model.d_min).all()
+    seen.clear()                        # the literal paper: bootstrap in all rows
+    handle = model.register_forward_hook(lambda m, args, out: seen.append(args))
+    dynamics_losses(model, z, actions, labelled, 6, torch.Generator().manual_seed(0),
+                    context_level=4)
+    handle.remove()
+    tau, d = seen[0][1:3]
+    assert (d[2:] == model.d_min).all() and (tau[2:] == model.tau_ctx).all()
+    assert (d[:2] > model.d_min).any()
 
 
 @pytest.mark.parametrize("changes", [
@@ -1280,6 +1288,14 @@ def test_imagination_step_changes_policy_and_value_alone():
     (losses["policy"] + losses["value"]).backward()
     touched = {n.split(".")[0] for n, p in agent.named_parameters() if p.grad is not None}
     assert touched == {"policy", "value"}
+    agent.zero_grad()                   # subtle: autocast once kept bf16 weights without gradients
+    with torch.autocast("cpu", torch.bfloat16):
+        agent.policy(h), agent.value(h)
+        with torch.no_grad():
+            agent.values(h), agent.policy(h)
+        sum(imagination_losses(agent, h, chosen, task)[0].values()).backward()
+    heads = [*agent.policy.named_parameters(), *agent.value.named_parameters()]
+    assert all(p.grad.abs().sum() > 0 for _, p in heads)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     agent.freeze_prior()
@@ -1560,7 +1576,7 @@ def test_cached_h_equals_recomputed_h_after_a_change_of_task(monkeypatch):
     spec, rng = run.spec.actions, np.random.default_rng(0)
     frames = rng.integers(0, 256, (T, N, 8, 12, 3), dtype=np.uint8)
     actions = [spec.sample(rng, N) for _ in range(T)]
-    actor = play.Actor(run, np.zeros(N, int), torch.Generator())
+    actor = play.Actor(run, torch.Generator())
     task = np.zeros(N, int)
     for t in range(T):
         changed = np.array([False, t == 6, t == 2])
@@ -1594,6 +1610,9 @@ def test_evaluation_plays_the_sampled_policy(tmp_path):
         first = play.evaluate_agent(worlds, 6, run, gif=tmp_path / "x.gif")
     assert (first[:, 1] == 1).all() and (first[:, 0] == 1).sum() in (0, 3)
     assert (tmp_path / "x.gif").stat().st_size > 0
+    with data.VecEnv(KEYS, (3, 4), workers=1) as worlds:            # the first ends at 12
+        play.evaluate_agent(worlds, 40, gif=tmp_path / "y.gif")
+    assert len(imageio.mimread(tmp_path / "y.gif")) <= 13
     assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first[:, :2]).sum(1).tolist()
 
 
@@ -1931,8 +1950,8 @@ def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
 
 
 def test_label_shares_lie_between_none_and_all(monkeypatch):
-    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; or if frames are
-    encoded again for the same tokenizer, or not for another one."""
+    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; or if a run sees
+    the latents of another's tokenizer."""
     shown = {"none": 90, "half": 120, "all": 150}
     told, latents = {}, {}
 
@@ -1953,7 +1972,7 @@ def test_label_shares_lie_between_none_and_all(monkeypatch):
     runs = {name: Run(None, name, None, tokenizer) for name in shown}
     runs["all"] = replace(runs["all"], tokenizer=randomize(deepcopy(tokenizer)))
     entries = play.evaluate_labels(runs, None, "fp32")
-    assert latents["half"] is latents["none"]
+    assert torch.equal(latents["half"], latents["none"])
     assert not torch.allclose(latents["all"], latents["none"], atol=1e-3)
     assert entries["labels_none_psnr"][0] < entries["labels_half_psnr"][0]
     assert told == {"none": False, "half": True, "all": True}           # what it never learned
@@ -2165,12 +2184,26 @@ def test_presets_name_real_flags_and_sizes():
             assert configs[prefix][field] == value
 
 
+def test_the_preset_follows_the_device(monkeypatch):
+    """Fails if --device cpu takes the preset for CUDA where there is one, or without it the default
+    doesn't."""
+    for name, preset in (("cuda", "gpu"), ("cpu", "cpu")):
+        monkeypatch.setattr(train, "pick_device", lambda _, name=name: torch.device(name))
+        assert train.parse([])[0].preset == preset
+
+
 def test_windows_alternate_between_short_and_long():
-    """Fails if long windows are not every fourth and all of the last tenth."""
+    """Fails if long windows are not every fourth and all of the last tenth, or the share is
+    another where it doesn't divide 1."""
     cfg = train.TrainConfig(batch=12, length=4, long_length=16)
     lengths = [train.window(cfg, step, 100) for step in range(100)]
     assert lengths[:4] == [(12, 4)] * 3 + [(3, 16)] and set(lengths[90:]) == {(3, 16)}
     assert sum(length == 16 for _, length in lengths[:90]) == 22
+    for share, count in ((0.0, 0), (0.4, 36), (0.7, 63), (1.0, 90)):
+        cfg.long_share = share
+        long = sum(train.window(cfg, step, 100)[1] == 16 for step in range(90))
+        assert abs(long - count) <= 1
+    assert train.window(replace(cfg, long_share=0.0), 99, 100) == (12, 4)
 
 
 # --------------------------------------------------------------------------------------- README
@@ -2253,8 +2286,10 @@ def test_every_action_has_a_control(crafter):
     assert len(dealt) == len({key["key"] for key in dealt}) == 7 and all(x["key"] for x in dealt)
     game = KeyEnv()
     game.spec = replace(game.spec, action_names=("noop", "go_left", "go_right", "up", "dig"))
-    assert [key["key"] for key in data.controls(game)[:4]] == ["", "ArrowLeft", "ArrowRight",
-                                                               "ArrowUp"]
+    assert [key["key"] for key in data.controls(game)[2:6]] == ["", "ArrowLeft", "ArrowRight",
+                                                                "ArrowUp"]
+    game.spec = data.minecraft_spec()                               # 23 keys, 121 directions
+    assert all(key["key"] for key in data.controls(game) if key["part"] == "binary")
 
 
 def test_futures_share_noise_and_leave_the_dream_alone():
@@ -2436,6 +2471,11 @@ def test_saved_sessions_are_a_film_and_datasets(tmp_path):
     assert world == "real" and shown["frames"][:, 0, 1, 0].tolist() == [0, 1, 4, 1, 4]
     assert shown["events"][:, 0].tolist() == [0, 0, 1, 0, 1]
     assert len(list((tmp_path / "sessions").glob("*.gif"))) == 2
+    session.handle({"op": "reset", "seed": 40_002})                 # that world ends before play
+    assert session.over
+    session.handle({"op": "step"})
+    session.handle({"op": "save"})
+    assert data.Dataset(tmp_path / "sessions/dream").episode(2)["continues"].all()
 
 
 def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
@@ -2721,15 +2761,15 @@ def test_vpt_camera_bins_agree_with_the_published_centres_and_edges():
     centres = np.array([-10, -5.809, -3.215, -1.609, -0.615, 0, 0.615, 1.609, 3.215, 5.809, 10])
     edges = np.array([0.271, 1.053, 2.317, 4.358, 7.655])
     edges = np.concatenate([-edges[::-1], edges])
-    pairs = data.camera_degrees(np.arange(121))
+    pairs = data.camera_degrees((np.arange(121) - 60) % 121)
     assert np.abs(pairs[:, 0] - centres.repeat(11)).max() < 1e-3            # pitch is the tens
     assert np.abs(pairs[:, 1] - np.tile(centres, 11)).max() < 1e-3
     x = np.random.default_rng(0).uniform(-14, 14, (10_000, 2))
     clear = np.abs(x[..., None] - edges).min((1, 2)) > 1e-3                 # the facts' precision
     wanted = np.searchsorted(edges, x)
-    assert (data.camera_class(x) == 11 * wanted[:, 0] + wanted[:, 1])[clear].all()
-    assert clear.mean() > 0.99 and data.camera_class([0.0, 0.0]) == 60
-    assert data.camera_class([50.0, -50.0]) == 110                          # clipped
+    assert (data.camera_class(x) == (11 * wanted[:, 0] + wanted[:, 1] - 60) % 121)[clear].all()
+    assert clear.mean() > 0.99 and data.camera_class([0.0, 0.0]) == 0       # as in zeros()
+    assert data.camera_class([50.0, -50.0]) == 50                           # clipped
 
 
 def test_minerl_mapping_and_back_is_the_identity():
@@ -2829,8 +2869,9 @@ def test_vpt_small_motion_is_kept(tmp_path):
     """Quirk 5. Fails if degrees are truncated: motion under 7 counts would vanish."""
     motion = [2.0, -2.0, 6.0, 7.0, 1.0, 0.0]
     columns = read_vpt(tmp_path, [vpt_line(t, dy=m) for t, m in enumerate(motion)])[0]
-    assert (columns["categorical"][1:, 0] // 11).tolist() == [6, 4, 6, 6, 5]
-    assert (columns["categorical"][1:, 0] % 11 == 5).all()
+    pitch, yaw = data.camera_degrees(columns["categorical"][1:, 0]).T
+    assert np.sign(pitch).tolist() == [1, -1, 1, 1, 0] and np.abs(pitch).max() < 0.7
+    assert not yaw.any()
 
 
 @pytest.mark.parametrize("version, factor", [("5.7", 0.5), ("6.9", 2), ("6.10", 1), ("10.0", 1)])
@@ -2876,13 +2917,13 @@ def test_vpt_null_actions_are_kept(tmp_path):
         line["mouse"] = line["keyboard"] = None
     columns, _, _, total, fault = read_vpt(tmp_path, lines)
     assert len(columns["binary"]) == total == 5 and fault is None
-    assert (columns["categorical"][1:] == 60).all() and not columns["binary"].any()
+    assert (columns["categorical"][1:] == 0).all() and not columns["binary"].any()
 
 
 def test_vpt_camera_comes_from_motion_not_from_positions(tmp_path):
     """Quirk 10. Fails if the cursor's jump to the centre, when a screen closes, turns the view."""
     lines = [vpt_line(0, gui=True, x=10.0, y=700.0), vpt_line(1), vpt_line(2, yaw=170.0)]
-    assert (read_vpt(tmp_path, lines)[0]["categorical"][1:] == 60).all()
+    assert (read_vpt(tmp_path, lines)[0]["categorical"][1:] == 0).all()
 
 
 def test_vpt_events_are_rises_over_the_first_statistics(tmp_path):
@@ -3126,7 +3167,7 @@ class TinyMineRL(data.MineRL):
 MINE = f"{__name__}:TinyMineRL"
 
 
-def press(*names, camera=60):
+def press(*names, camera=0):
     action = data.minecraft_spec().actions.zeros()
     action["binary"][[data.BUTTONS.index(name) for name in names]] = 1
     action["categorical"][0] = camera
@@ -3138,7 +3179,7 @@ def test_minerl_adapter(capsys):
     env = data.make_env(MINE)
     tasks = env.spec.tasks
     assert env.reset(5).shape == (32, 32, 3) and env.game.seeds == [5]
-    frame, events, terminal = env.step(press("attack", "ESC", camera=120))
+    frame, events, terminal = env.step(press("attack", "ESC", camera=60))
     sent = env.game.commands[-1]
     assert sent["attack"] == 1 and sent["camera"].tolist() == [10, 10]
     assert events[tasks.index("mine_log")] == 2 and events.sum() == 2 and not terminal
@@ -3507,9 +3548,9 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     start = load_run(finished / "runs/base", "dynamics").dynamics.task_embed.weight
     told = lambda run: (run.dynamics.task_embed.weight != start).any(1).tolist()
     assert told(two) == [False] * (len(start) - 1) + [True] and any(told(one)[:-1])
-    actor = play.Actor(two, [0, 1], torch.Generator())
-    assert actor.task.tolist() == [2, 2] and not two.agent.cfg.prompts
-    assert play.Actor(one, [0, 1], torch.Generator()).task.tolist() == [0, 1]      # control
+    asked = torch.tensor([0, 1])
+    assert two.agent.prompt(asked).tolist() == [2, 2] and not two.agent.cfg.prompts
+    assert one.agent.prompt(asked).tolist() == [0, 1]               # control
     monkeypatch.chdir(finished)
     monkeypatch.setattr(play, "TEMPERATURES", (1.0, 0.5))
     words = ["eval", "--run", "runs/base", "--episodes", "3", "--length", "6", "--workers", "1",
@@ -3532,6 +3573,12 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
                           wrong, "--stage", "imagine")
     with pytest.raises(UserError, match="No tokenizer.pt"):
         train_quietly(finished, "--run", "seed1", "--base", "none", "--stage", "agent")
+    bare = finished / "runs/bare"                                   # a tokenizer and no latents yet
+    bare.mkdir()
+    shutil.copy(finished / "runs/base/tokenizer.pt", bare)
+    train.take_stages(bare, finished / "runs/seed1", "dynamics")
+    with pytest.raises(UserError, match="No latents.npy|No dynamics.pt"):
+        train.take_stages(bare, finished / "runs/seed1", "agent")
 
 
 def test_a_stage_made_of_older_weights_is_noticed(copy):
@@ -3803,6 +3850,9 @@ FAULTS = {
         "need episodes as long, not 5"),
     "no held-out episode": (lambda w, r: other_play(w, episodes=1), (
         *NEW, "--data.path", "datasets/other"), "which leaves none to hold out, need at least 2"),
+    "no label is known": (lambda w, r: (r / "agent.pt").unlink(), base(
+        "agent", "--data.labels", "0", "--resume", "anyway"),
+        "without labelled frames, need actions for the policy"),
     "unlabelled play": (lambda w, r: (unlabelled(w), (r / "agent.pt").unlink()), base(
         "agent", "--data.path", "datasets/unlabelled", "--resume", "anyway"),
         "without labelled frames, need actions for the policy"),

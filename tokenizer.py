@@ -99,7 +99,7 @@ class Cache:
                 x = ring
             else:
                 kept, x = x[..., -C:, :, :], torch.cat([ring[..., held, :, :], x], -3)
-                ring[..., torch.arange(t + T)[-min(T, C):] % C, :, :] = kept
+                ring[..., torch.arange(t + max(T - C, 0), t + T) % C, :, :] = kept
             out.append(x.flatten(-3, -2))
         return out
 
@@ -133,28 +133,25 @@ class Attention(nn.Module):
 
     def __init__(self, cfg, kind):
         super().__init__()
-        self.kind, self.heads, self.kv_heads = kind, cfg.heads, cfg.kv_heads
-        self.size, self.soft_cap = cfg.dim // cfg.heads, cfg.soft_cap
+        self.kind, self.heads, self.size = kind, cfg.heads, cfg.dim // cfg.heads
+        self.soft_cap = cfg.soft_cap
         self.q = nn.Linear(cfg.dim, cfg.heads * self.size, bias=False)
         self.k = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
         self.v = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
         self.out = nn.Linear(cfg.heads * self.size, cfg.dim, bias=False)
         self.q_norm, self.k_norm = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
 
-    def split(self, x, heads):
+    def split(self, x):
         """(B, T, S, heads * E) -> (B, T, heads, S, E), (B, S, heads, T, E) or
         (B, 1, heads, T * S, E): the axis that attends stands last but one."""
         B, T, S, _ = x.shape
-        x = x.view(B, T, S, heads, self.size)
-        if self.kind == "dense":
-            return x.view(B, 1, T * S, heads, self.size).transpose(2, 3)
-        return x.transpose(2, 3) if self.kind == "space" else x.permute(0, 2, 3, 1, 4)
+        T, S = (1, T * S) if self.kind == "dense" else (T, S)
+        x = x.view(B, T, S, -1, self.size)
+        return x.permute(0, 2, 3, 1, 4) if self.kind == "time" else x.transpose(2, 3)
 
     def project(self, x, angles):
         """x (B, T, S, D) -> queries, keys and values as `split` gives them."""
-        q = self.split(self.q(x), self.heads)
-        k = self.split(self.k(x), self.kv_heads)
-        v = self.split(self.v(x), self.kv_heads)
+        q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
         q = rope(self.q_norm(q.float()), *angles).to(v.dtype)   # subtle: norm first, then rotate
         k = rope(self.k_norm(k.float()), *angles).to(v.dtype)
         return q, k, v
@@ -188,7 +185,7 @@ class Block(nn.Module):
 
     def forward(self, x, angles, mask, cache=None, layer=None):
         q, k, v = self.project(x, angles)
-        if cache is not None and self.kind != "space":
+        if cache is not None:
             T = x.shape[1]
             k, v = cache.put(layer, k.unflatten(-2, (T, -1)), v.unflatten(-2, (T, -1)))
         return self.finish(x, attend(q, k, v, mask, self.attention.soft_cap))
@@ -234,7 +231,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
-            else:                                           # ever more keys: compiled in parts
+            else:                       # the cache is no tensor: such blocks compile in parts
                 x = block(x, angles[block.kind], masks[block.kind], cache, i)
         return self.norm(x)
 
@@ -295,16 +292,14 @@ class TokenizerConfig:
     lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
 
     def __post_init__(self):
-        check_config("tokenizer", self, zero=("cell",))
+        check_config("tokenizer", self, zero=("cell",), shares=("mae_max",))
         check_transformer("tokenizer", self, self.encoder_layers, self.decoder_layers)
         if self.latents % self.pack:
             raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
                             "the number of latents must be divisible by pack.")
-        if self.cell < 0 or self.cell and self.patch % self.cell:
+        if self.cell and self.patch % self.cell:
             raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of tokenizer.patch "
                             f"{self.patch}, or 0 for none.")
-        if not 0 <= self.mae_max < 1:
-            raise UserError(f"Got tokenizer.mae_max {self.mae_max}, need a share in [0, 1).")
 
 
 def check_transformer(prefix, cfg, *layers):

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,9 +61,7 @@ class DataConfig:
     eval_length: int = 500
 
     def __post_init__(self):
-        check_config("data", self, zero=("seed", "workers", "eval_episodes"))
-        if not 0 <= self.labels <= 1:
-            raise UserError(f"Got data.labels {self.labels}, need a share in [0, 1].")
+        check_config("data", self, zero=("seed", "workers", "eval_episodes"), shares=("labels",))
 
 
 @dataclass
@@ -94,9 +93,8 @@ class TrainConfig:
     save_every: int = 250
 
     def __post_init__(self):
-        check_config("train", self, zero=("warmup", "value_first"))
-        if not 0 <= self.relevant <= 1:
-            raise UserError(f"Got train.relevant {self.relevant}, need a share in [0, 1].")
+        check_config("train", self, zero=("warmup", "value_first"),
+                     shares=("long_share", "relevant", "cooldown"))
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
@@ -105,7 +103,8 @@ class TrainConfig:
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
 HEADS = ("hidden", "mtp", "bins", "terminal_weight", "bc_weight", "prompts",
          "pretrained")                                  # agent settings that its stage fixes
-FREE = ("train.compile", "train.log_every", "train.save_every")     # may differ after a break
+FREE = ("train.compile", "train.log_every", "train.check_every",
+        "train.save_every")                             # may differ after a break
 HEALTH = {      # metric: lowest and highest healthy value, likely cause outside (README, "Metrics")
     "latent_rank": (2.0, np.inf, "latents collapse: all frames look alike to the dynamics"),
     "tanh_saturated": (0.0, 0.3, "latents saturate: learning rate too high, or LPIPS outweighs"),
@@ -218,7 +217,7 @@ def parse(argv=None):
             parser.add_argument(f"--{prefix}.{field.name}", type=kind, default=argparse.SUPPRESS,
                                 metavar=field.type.__name__, help=f"default {field.default}")
     args = parser.parse_args(argv)
-    args.preset = args.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    args.preset = args.preset or ("gpu" if pick_device(args.device).type == "cuda" else "cpu")
     args.given = {k: v for k, v in vars(args).items() if "." in k}
     chosen = {**PRESETS[args.preset], **args.given}
     configs = {prefix: {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
@@ -227,8 +226,8 @@ def parse(argv=None):
         config(**configs[prefix])                   # a bad value is one line, before anything runs
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"Got --seed {args.seed}, need a whole number from 0.")
-    if args.replay is not None and (args.stage == "all" or not 0 <= args.replay < configs["train"][
-            f"{args.stage}_steps"]):
+    steps = configs["train"].get(f"{args.stage}_steps", 0)
+    if args.replay is not None and not 0 <= args.replay < steps:
         raise UserError(f"Got --replay {args.replay} --stage {args.stage}, need one stage and a "
                         "step of it, counted from 0.")
     if 0 < configs["train"]["long_share"] and (configs["train"]["long_length"]
@@ -278,11 +277,9 @@ def make_optimizers(modules, lr_matrix, lr):
     named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if "blocks." in n and p.ndim == 2]
     rest = [p for n, p in named if not ("blocks." in n and p.ndim == 2)]
-    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=0.01,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=0.01,
+                             adjust_lr_fn="match_rms_adamw")]
 
 
 def schedule(step, steps, warmup, cooldown):
@@ -612,6 +609,8 @@ def take_stages(base, folder, stage):
     for name in [f"{s}.pt" for s in STAGES[:STAGES.index(stage)]] + ["latents.npy", "latents.json"]:
         source, target = base / name, folder / name
         if not source.exists():
+            if name.startswith("latents") and stage == "dynamics":
+                continue                            # that stage makes them
             raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
         if target.exists() and not filecmp.cmp(source, target):
             raise UserError(f"Got --base {base.name}, but {target} is another one than {source}: "
@@ -802,9 +801,9 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
 
 
 def window(cfg, step, steps):
-    """(rows, length) of a step's batch: every fourth is long, the last tenth only long."""
-    every = max(round(1 / cfg.long_share), 1) if cfg.long_share else steps + 1
-    long = step % every == every - 1 or (cfg.long_share and step >= 0.9 * steps)
+    """(rows, length) of a step's batch: a share of the steps is long, the last tenth only long."""
+    share = cfg.long_share
+    long = int((step + 1) * share) > int(step * share) or share and step >= 0.9 * steps
     length = cfg.long_length if long else cfg.length
     return max(cfg.batch * cfg.length // length, 2), length
 
@@ -827,11 +826,10 @@ def rollout_check(job, run, n=16, context=16, horizon=4):
     clips, actions = play.to_tensors(data.read(episode, start, context + horizon), job.device)
     shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(1, 0)], 1)
                 for k, x in actions.items()}
-    with autocast(job.device, job.args.dtype):
-        z = run.tokenizer.encode(clips["frames"])
-        psnr = [float(play.decibel(play.squared_error(play.dream_clips(
-            run, z, a, clips["labelled"], horizon)[:, -1:], clips["frames"][:, -1:]))[0])
-            for a in (actions, shuffled)]
+    z = run.tokenizer.encode(clips["frames"])
+    psnr = [float(play.decibel(play.squared_error(play.dream_clips(
+        run, z, a, clips["labelled"], horizon)[:, -1:], clips["frames"][:, -1:]))[0])
+        for a in (actions, shuffled)]
     return {f"rollout_psnr_h{horizon}": torch.tensor(psnr[0]),
             f"rollout_minus_shuffled_h{horizon}": torch.tensor(psnr[0] - psnr[1])}
 
@@ -847,11 +845,10 @@ def imitation_check(job, latents, dynamics, agent, n=32, length=16):
     batch, actions = latent_batch(job, latents, rng_for(job.args.seed, "check", 0), 0, n, length,
                                   split="valid")
     generator = torch.Generator(job.device).manual_seed(0)
-    with autocast(job.device, job.args.dtype):
-        h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"],
-                                              agent.prompt(batch["task"]))
-        metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
-                               batch["events"], batch["continues"], batch["labelled"].any(1))[1]
+    h = Dream(dynamics, generator).commit(batch["z"], actions, batch["labelled"],
+                                          agent.prompt(batch["task"]))
+    metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"], batch["events"],
+                           batch["continues"], batch["labelled"].any(1))[1]
     return {"bc_next_action_valid": metrics["bc_next_action"]}
 
 
@@ -891,9 +888,11 @@ def train_dynamics(job):
 def train_agent(job):
     """Section 3.3, Eq. 9: agent tokens and heads; the dynamics go on learning beside them."""
     run = open_stage(job, "dynamics")
-    if not any(job.dataset.rows(i)["labelled"].any() for i in job.dataset.episodes("train")):
+    first = job.dataset.offsets
+    if not any((job.dataset.rows(i)["labelled"] & job.known[first[i]:first[i + 1]]).any()
+               for i in job.dataset.episodes("train")):
         raise UserError(f"Got {job.dataset.path} without labelled frames, need actions for the "
-                        "policy: label some, or stop after --stage dynamics.")
+                        "policy: label some (--data.labels), or stop after --stage dynamics.")
     latents, dynamics = cached_latents(job, run.tokenizer), run.dynamics.requires_grad_(True)
     made_of = weights_of(run)
     if not job.configs["agent"]["pretrained"]:
@@ -908,7 +907,7 @@ def train_agent(job):
 
     def loss_fn(rng, generator, step):
         rows, length = window(cfg, step, cfg.agent_steps)
-        relevant = round(agent.cfg.relevant * rows)
+        relevant = min(round(agent.cfg.relevant * rows), rows - 1)      # others: dynamics loss
         uniform = rows - relevant
         batch, actions = latent_batch(job, latents, rng, uniform, relevant, length, None,
                                       agent.cfg.ladder * climbs)
@@ -1047,7 +1046,7 @@ def main():
         lpips_loss()                                # missing? say so before anything is recorded
     device = join_processes(device)
     data, folder = DataConfig(**configs["data"]), Path("runs") / args.run
-    command = "python train.py " + " ".join(sys.argv[1:])
+    command = "python train.py " + shlex.join(sys.argv[1:])
     path = Path(data.path or f"datasets/{data.env.replace(':', '_')}_{data.episodes}x{data.length}"
                 + f"_seed{data.seed}" * (data.seed > 0))
     changed = {f"{p}.{k}": v for p, c in configs.items() for k, v in c.items()
