@@ -1594,8 +1594,9 @@ def test_cached_h_equals_recomputed_h_after_a_change_of_task(monkeypatch):
     assert before is not None
 
 
-def test_evaluation_plays_the_sampled_policy(tmp_path):
-    """Fails if events, first times or the mapping of actions to environments are shifted."""
+def test_evaluation_plays_the_sampled_policy(tmp_path, monkeypatch):
+    """Fails if events, first times or the mapping of actions to environments are shifted, or the
+    film goes on after its world's end."""
     with data.VecEnv(KEYS, range(1, 5), workers=1) as worlds:
         first = play.evaluate_agent(worlds, 40)
     assert first.shape == (4, 3) and np.isfinite(first[:, :2]).all() and first.min() >= 1
@@ -1610,9 +1611,11 @@ def test_evaluation_plays_the_sampled_policy(tmp_path):
         first = play.evaluate_agent(worlds, 6, run, gif=tmp_path / "x.gif")
     assert (first[:, 1] == 1).all() and (first[:, 0] == 1).sum() in (0, 3)
     assert (tmp_path / "x.gif").stat().st_size > 0
+    films = []
+    monkeypatch.setattr(play, "write_film", lambda path, frames: films.append(len(frames)))
     with data.VecEnv(KEYS, (3, 4), workers=1) as worlds:            # the first ends at 12
-        play.evaluate_agent(worlds, 40, gif=tmp_path / "y.gif")
-    assert len(imageio.mimread(tmp_path / "y.gif")) <= 13
+        play.evaluate_agent(worlds, 40, gif="y.gif")
+    assert films == [13]
     assert play.ladder_scores(run.spec, first).tolist() == np.isfinite(first[:, :2]).sum(1).tolist()
 
 
