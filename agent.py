@@ -124,14 +124,21 @@ def action_kl(spec, logits, prior):
     return total
 
 
+class Norm(nn.RMSNorm):
+    """In fp32, also where autocast hands on bf16."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class Head(nn.Module):
     """Small MLP on h (..., D) with one output layer for each distance: (..., distances, out)."""
 
     def __init__(self, dim, hidden, distances, out):
         super().__init__()
         self.shape = (distances, out)
-        self.trunk = nn.Sequential(nn.Linear(dim, hidden), nn.RMSNorm(hidden), nn.SiLU(),
-                                   nn.Linear(hidden, hidden), nn.RMSNorm(hidden), nn.SiLU())
+        self.trunk = nn.Sequential(nn.Linear(dim, hidden), Norm(hidden), nn.SiLU(),
+                                   nn.Linear(hidden, hidden), Norm(hidden), nn.SiLU())
         self.out = nn.Linear(hidden, distances * out)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
