@@ -134,7 +134,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6, "agent.k": 1,
                  "train.relevant": 0.5, "train.cooldown": 0.65, "agent.ladder": 0.5,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 2900,
-                 "train.agent_steps": 2400, "train.imagine_steps": 300,
+                 "train.agent_steps": 2400, "train.imagine_steps": 900,
                  "data.eval_episodes": 200},
     "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
             "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
