@@ -1950,6 +1950,10 @@ def film_actions(args):
     return np.stack(session.film)
 
 
+def whole_numbers(text):                                # argparse names it in its error
+    return [int(k) for k in text.split(",")]
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1975,8 +1979,7 @@ def make_parser():
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
     parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
     parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...",
-                        type=lambda text: [int(k) for k in text.split(",")],
-                        help="world: the sampling steps that are compared")
+                        type=whole_numbers, help="world: the sampling steps that are compared")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
     parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
     parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise, or world")

@@ -1411,6 +1411,14 @@ class KeyEnv(PaintEnv):
                             ladder=(("four", 2), ("both_keys", 0)))
 
 
+class OpenEnv(KeyEnv):
+    """KeyEnv that holds what can't be copied, once it is played."""
+
+    def reset(self, seed):
+        self.file = open(os.devnull)
+        return super().reset(seed)
+
+
 class BusyEnv(KeyEnv):
     """KeyEnv whose frames are as different as can be: noise by seed, step and action."""
 
@@ -1819,6 +1827,28 @@ def test_frechet_distance_in_closed_form():
     assert abs(play.frechet(x, x * (2, 1) + (3, 0)) - 10) < 1e-6
     turned = x * (2, 1) @ np.array([[0, 1], [-1, 0]])
     assert abs(play.frechet(x * (2, 1), turned) - 2) < 1e-6         # (4 + 1) * 2 - 2 (2 + 2)
+
+
+def test_distances_of_videos_are_of_equal_samples(paint, monkeypatch):
+    """Fails if dreams are compared with more real windows than real ones are, or with other ones:
+    drawn alike they'd be closer to them than real play is to itself."""
+    rng, real = np.random.default_rng(0), play.frechet
+    monkeypatch.setattr(play, "compiled", lambda run: run.dynamics)
+    monkeypatch.setattr(play, "dream_freely", lambda run, n, *_, **__: torch.zeros(n, 2, 2, 6))
+    basis = rng.normal(size=(64, 256))              # all that the 64 components can hold
+    monkeypatch.setattr(play, "random_features",
+                        lambda frames: rng.normal(size=(len(frames), 64)) @ basis)
+    calls = []
+    monkeypatch.setattr(play, "frechet", lambda a, b: calls.append((a, b)) or real(a, b))
+    run = replace(key_run(), dynamics=tiny_dynamics(KeyEnv().spec.actions, k_max=16))
+    entries = play.evaluate_sampling(run, paint, None, ks=(4, 16), n=400, length=2)
+    assert all(np.array_equal(a, calls[0][0]) for a, _ in calls)
+    assert 300 < len(calls[0][0]) < 500 and len(calls[0][0]) + len(calls[0][1]) == 800
+    for k in (4, 16):
+        assert abs(entries[f"frechet_k{k}"][0] / entries["frechet_real"][0] - 1) < 0.12
+    value, low, high = entries["frechet_k4_over_k16"][:3]
+    assert abs(value - entries["frechet_k4"][0] / entries["frechet_k16"][0]) < 1e-9
+    assert low < high
 
 
 def test_forced_dreams_see_the_true_frames(monkeypatch):
@@ -2456,6 +2486,7 @@ def test_copied_environments_go_their_own_way(crafter):
     twin.step(action)
     assert env.env._step != twin.env._step
     assert data.copy_env(open(os.devnull)) is None                  # can't be copied
+    assert data.can_copy(KEYS) and not data.can_copy(f"{__name__}:OpenEnv")
 
 
 def test_saved_sessions_are_a_film_and_datasets(tmp_path):
@@ -3580,7 +3611,7 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     bare.mkdir()
     shutil.copy(finished / "runs/base/tokenizer.pt", bare)
     train.take_stages(bare, finished / "runs/seed1", "dynamics")
-    with pytest.raises(UserError, match="No latents.npy|No dynamics.pt"):
+    with pytest.raises(UserError, match="No dynamics.pt"):
         train.take_stages(bare, finished / "runs/seed1", "agent")
 
 

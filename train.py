@@ -608,9 +608,9 @@ def take_stages(base, folder, stage):
     there yet. No file of a run is ever changed, only replaced: links are as good as copies."""
     for name in [f"{s}.pt" for s in STAGES[:STAGES.index(stage)]] + ["latents.npy", "latents.json"]:
         source, target = base / name, folder / name
+        if not source.exists() and name.startswith("latents"):
+            continue                                # the stage makes them
         if not source.exists():
-            if name.startswith("latents") and stage == "dynamics":
-                continue                            # that stage makes them
             raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
         if target.exists() and not filecmp.cmp(source, target):
             raise UserError(f"Got --base {base.name}, but {target} is another one than {source}: "
