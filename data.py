@@ -740,8 +740,8 @@ def write_episode(folder, index, frames, actions, events, continues, labelled=No
 
 
 def column(rows, name):
-    """A field of an episode's rows, (T, ...); fields of width zero are not in the file."""
-    return rows[name] if name in rows.dtype.names else np.zeros((len(rows), 0), TYPES[name])
+    """A field of rows, (*rows.shape, ...); fields of width zero are not in the file."""
+    return rows[name] if name in rows.dtype.names else np.zeros((*rows.shape, 0), TYPES[name])
 
 
 def open_episode(path, spec):
@@ -839,6 +839,7 @@ class Dataset:
                 raise UserError(f"got {n} frames in {episode_path(self.path, i)}; need {length}; "
                                 "do: restore the file or record again")
         self.rows = functools.lru_cache(256)(self.rows)       # bounds the number of open files
+        self.fitting, self.showing = map(functools.cache, (self.fitting, self.showing))
 
     def rows(self, i):
         """Memory map of episode i. UserError when its bytes have changed (seen at first use)."""
@@ -856,6 +857,22 @@ class Dataset:
         valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
+    def fitting(self, length, split, first):
+        """Indices of the `first` episodes of a split (None: all) that have `length` rows."""
+        episodes = self.episodes(split)
+        return episodes[(self.lengths[episodes] >= length) & (
+            episodes < (len(self.lengths) if first is None else first))]
+
+    def showing(self, length, split, first, low, high, tasks):
+        """Of the `events`, in order of their tasks, those that a window of `length` rows can have
+        in one of its rows low .. high; for each task that is left its first index, and how many."""
+        episode, row, kind = self.events.T
+        fits = (row >= low) & (row - high <= self.lengths[episode] - length)
+        events = self.events[fits & np.isin(episode, self.fitting(length, split, first))
+                             & (np.isin(kind, tasks) | (len(tasks) == 0))]
+        events = events[np.argsort(events[:, 2], kind="stable")]
+        return events, *np.unique(events[:, 2], return_index=True, return_counts=True)[1:]
+
     def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=(),
                first=None):
         """Draw n windows of `length` rows inside episodes (the `first` ones, of those that the
@@ -866,9 +883,7 @@ class Dataset:
         last), default (1, length - 1); the last may lie behind the window's end. tasks: indices,
         draw these alone.
         """
-        episodes = self.episodes(split)
-        episodes = episodes[(self.lengths[episodes] >= length) & (
-            episodes < (len(self.lengths) if first is None else first))]
+        episodes = self.fitting(length, split, first)
         if not len(episodes):
             raise UserError(f"got windows of {length} frames for {split!r} of {self.path}; need "
                             f"episodes as long, not {self.lengths.max()}; do: shorten the windows")
@@ -880,15 +895,12 @@ class Dataset:
             return episodes[which], start, rng.choice(
                 np.array(tasks or range(max(1, len(self.spec.tasks)))), n)
         low, high = ahead or (1, length - 1)
-        episode, row, kind = self.events.T
-        fits = (row >= low) & (row - high <= self.lengths[episode] - length)
-        events = self.events[fits & np.isin(episode, episodes) & (np.isin(kind, tasks)
-                                                                  | (len(tasks) == 0))]
+        events, begin, count = self.showing(length, split, first, low, high, tuple(tasks))
         if not len(events) or high < low:
             raise UserError(f"got {len(events)} events for relevant windows of {length} frames; "
                             "need an event and 2 frames; do: record more, or sample uniformly")
-        task = rng.choice(np.unique(events[:, 2]), n)
-        episode, row, _ = np.array([rng.choice(events[events[:, 2] == t]) for t in task]).T
+        which = rng.integers(len(begin), size=n)
+        episode, row, task = events[begin[which] + rng.integers(count[which])].T
         last = np.minimum(row - low, self.lengths[episode] - length)
         return episode, rng.integers(np.maximum(0, row - high), last + 1), task
 

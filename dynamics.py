@@ -245,11 +245,12 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     weighted = error * ramp_weight(tau) if cfg.ramp else error
     fine = d == model.d_min
     with torch.no_grad():               # the table that explains the method: error by tau and d
-        metrics = {"flow": weighted[fine].mean(), "boot": weighted[~fine].mean()}
+        mean = lambda x, frames: (x * frames).sum() / frames.sum()
+        metrics = {"flow": mean(weighted, fine), "boot": mean(weighted, ~fine)}
         for q in range(4):
-            metrics[f"x_error_tau{q}"] = error[fine & ((tau * 4).long() == q)].mean()
+            metrics[f"x_error_tau{q}"] = mean(error, fine & ((tau * 4).long() == q))
         for i in range(int(math.log2(cfg.k_max)) if n_boot else 0):
-            metrics[f"boot_error_d{2 ** i}"] = error[d == 0.5 ** i].mean()
+            metrics[f"boot_error_d{2 ** i}"] = mean(error, d == 0.5 ** i)
     # subtle: Eq. 7 is one loss with one running RMS. A constant output has almost no bootstrap
     # loss; divided by an RMS of its own that term drowned the flow term, and nothing was learned.
     return {"dynamics": weighted.mean()}, h, metrics

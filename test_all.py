@@ -32,15 +32,18 @@ import imageio
 import imageio.v3
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # also where there is a GPU, and in every child process
+
 import torch
 
 import data
 import play
 import train
 from agent import (STAGES, Agent, AgentConfig, Run, action_kl, action_log_prob, advantage_loss,
-                   agent_losses, behavior_loss, freeze, imagination_losses, imagine_rollout,
-                   lambda_returns, load_run, pmpo_loss, sample_action, symexp_bins, targets_ahead,
-                   two_hot, two_hot_log_prob, two_hot_mean, value_loss)
+                   agent_losses, autocast, behavior_loss, freeze, imagination_losses,
+                   imagine_rollout, lambda_returns, load_run, pmpo_loss, sample_action,
+                   symexp_bins, targets_ahead, two_hot, two_hot_log_prob, two_hot_mean, value_loss)
 from data import ActionSpec, EnvSpec, UserError, run_cli
 from dynamics import (ActionEmbedding, Dream, Dynamics, DynamicsConfig, corrupt, dynamics_losses,
                       euler_sample, ramp_weight, sample_tau_d, shortcut_loss, x_prediction)
@@ -559,6 +562,27 @@ def test_loss_normalizer_forgets_a_start_at_once_and_noise_slowly():
     for _ in range(3000):
         norm({"a": torch.tensor(0.01)})
     assert 7 < float(norm({"a": torch.tensor(0.1)})) < 8           # 10 / sqrt(0.99 + 0.01 * 100)
+
+
+def test_muon_steps_as_torchs_does():
+    """Fails if matrices of one shape get each other's step, a tall one is taken for a wide one, or
+    rate, momentum or decay differ. Three steps, the third at another rate."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (8, 24), (24, 8), (8, 24), (8, 8), (24, 8), (4, 8)]
+    start = [torch.randn(s, generator=generator) for s in shapes]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    steppers = train.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for lr in (0.02, 0.02, 0.005):
+        grads = [torch.randn(s, generator=generator) for s in shapes]
+        for params, stepper in zip((ours, theirs), steppers, strict=True):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = None if p is params[-1] and lr < 0.01 else grad
+            stepper.param_groups[0]["lr"] = lr
+            stepper.step()
+        for p, q, x in zip(ours, theirs, start, strict=True):
+            assert torch.allclose(p, q, atol=1e-4) and not torch.allclose(p, x, atol=1e-3)
+    assert torch.optim.Muon(theirs).load_state_dict(steppers[0].state_dict()) is None
 
 
 # ------------------------------------------------------------- tokenizer.py: causal tokenizer
@@ -1955,13 +1979,25 @@ def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, paint):
         assert np.array_equal(keys[j], follow)
 
 
+def rows_of(dataset, z):
+    """Rows as train.make_latents writes them, with these latents (frames, S, Z)."""
+    episodes = [dataset.episode(i) for i in range(len(dataset.lengths))]
+    columns = {"z": z, **{k: np.concatenate([e[k] for e in episodes])
+                          for k in data.TYPES if k != "frames"}}
+    columns = {k: x for k, x in columns.items() if x.size}
+    rows = np.empty(len(z), [(k, x.dtype, x.shape[1:]) for k, x in columns.items()])
+    for k, x in columns.items():
+        rows[k] = x
+    return rows
+
+
 def test_labels_are_the_first_episodes_or_those_above_ground(paint, tmp_path):
     """Fails if the share counts frames, caves are not caves, the batch ignores it, or rows with
     known actions are as rare in a batch as in the recordings."""
     job = train.Job(None, None, train.DataConfig(labels=0.2), None,
                     {"agent": {"prompts": True}}, torch.device("cpu"), paint)
     assert job.known.sum() == paint.offsets[5] and job.known[:paint.offsets[5]].all()
-    latents = np.zeros((paint.frames_total, 1, 1), np.float32)
+    latents = rows_of(paint, np.zeros((paint.frames_total, 1, 1), np.float32))
     labelled = lambda job, *args, **more: train.latent_batch(
         job, latents, np.random.default_rng(0), *args, **more)[0]["labelled"][:, -1].float()
     rows = labelled(job, 400, 50, 5)            # from anywhere, from the first five, with an event
@@ -2852,7 +2888,7 @@ def test_vpt_frames_are_counted_not_timed(tmp_path):
     """Quirk 1. Fails if frames are repeated or dropped to fill gaps in the video's time stamps."""
     gap = ["-vf", "setpts=if(gt(N\\,4)\\,N+9\\,N)/(20*TB)", "-fps_mode", "vfr"]
     path = write_segment(tmp_path / "in", [vpt_line(t) for t in range(9)], output_params=gap)
-    assert sum(1 for _ in data.video_frames(path)) == 10
+    assert sum(1 for _ in data.video_frames(path)) in (9, 10)       # ffmpeg 7.0 writes one less
     assert sum(1 for _ in data.video_frames(path, 20)) > 15          # control: there is a gap
     _, (rows,) = import_pieces(tmp_path / "in", tmp_path / "out")
     assert frame_numbers(rows["frames"]).tolist() == list(range(9))
@@ -3634,7 +3670,7 @@ def test_half_of_the_cloned_rows_show_a_rung_of_the_ladder(tmp_path):
     dataset.spec = replace(dataset.spec, ladder=(("both_keys", 0),), rungs=("both_keys",))
     job = train.Job(None, None, train.DataConfig(), None, {"agent": {"prompts": True}},
                     torch.device("cpu"), dataset)
-    latents = np.zeros((dataset.frames_total, 1, 1), np.float32)
+    latents = rows_of(dataset, np.zeros((dataset.frames_total, 1, 1), np.float32))
     tasks = lambda ladder: train.latent_batch(job, latents, np.random.default_rng(0), 0, 400, 8,
                                               None, ladder)[0]["task"][:, 0]
     half = tasks(0.5)
@@ -3658,7 +3694,7 @@ def test_imagination_starts_before_the_event_with_the_prompt_of_then(tmp_path):
         assert (here == (fours >= 2)).all()
     job = train.Job(None, None, train.DataConfig(), None, {"agent": {"prompts": True}},
                     torch.device("cpu"), dataset)
-    number = np.arange(dataset.frames_total, dtype=np.float32)[:, None, None]
+    number = rows_of(dataset, np.arange(dataset.frames_total, dtype=np.float32)[:, None, None])
     batch, _ = train.latent_batch(job, number, np.random.default_rng(0), 2000, 50, C,
                                   (C, C + H - 1), True)
     last, task = batch["z"][:, -1, 0, 0].long().numpy(), batch["task"][:, 0].numpy()
@@ -3985,6 +4021,27 @@ def test_settings_of_a_resumed_stage_must_be_the_same(copy, monkeypatch):
             train_quietly(folder, *base("dynamics", flag, value))
     train_quietly(folder, *base("dynamics", "--train.save_every", 5, "--train.agent_steps", 9,
                                 "--agent.gamma", 0.5))
+
+
+def test_rows_beside_a_run_are_those_of_the_recordings(copy, monkeypatch):
+    """Fails if a frame gets another one's action, event or latents, or pieces of an episode are
+    encoded without what was before them."""
+    folder, run = copy
+    monkeypatch.setattr(train, "LATENT_CHUNK", 7)
+    (run / "dynamics.pt").unlink(), (run / "latents.npy").unlink()
+    train_quietly(folder, *base("dynamics"))
+    rows, tokenizer = np.load(run / "latents.npy"), load_run(run, "tokenizer").tokenizer
+    dataset = data.Dataset(next(p for p in (folder / "datasets").iterdir()
+                                if "reference" not in p.name))
+    assert len(rows) == dataset.frames_total and "frames" not in rows.dtype.names
+    for i, first in enumerate(dataset.offsets[:-1]):
+        episode, here = dataset.episode(i), rows[first:first + dataset.lengths[i]]
+        for name in ("binary", "categorical", "continuous", "labelled", "events", "continues"):
+            assert np.array_equal(data.column(here, name), episode[name])
+        with torch.no_grad(), autocast(torch.device("cpu")):
+            z = tokenizer.encode(torch.from_numpy(np.array(episode["frames"]))[None])[0].numpy()
+        off = np.abs(here["z"] - z).mean()
+        assert off < 0.02 and off < np.abs(here["z"][1:] - z[:-1]).mean() / 2
 
 
 def test_damaged_latents_are_computed_again(copy, capsys):

@@ -37,8 +37,8 @@ import play
 from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast, freeze,
                    imagination_losses, imagine_rollout, load_checkpoint, load_run, pick_device,
                    pick_dtype)
-from data import (Dataset, UserError, check_config, env_spec, read_json, record, rng_for, run_cli,
-                  write_whole)
+from data import (TYPES, Dataset, UserError, check_config, column, env_spec, read_json, record,
+                  rng_for, run_cli, write_whole)
 from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
 from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, latent_health,
                        lpips_loss, mae_mask, reconstruction_loss, scale_pixels)
@@ -136,16 +136,6 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 2900,
                  "train.agent_steps": 2400, "train.imagine_steps": 900,
                  "data.eval_episodes": 200},
-    "gpu": {"data.episodes": 2000, "data.length": 500, "tokenizer.dim": 512,
-            "tokenizer.encoder_layers": 8, "tokenizer.decoder_layers": 8, "dynamics.dim": 768,
-            "dynamics.layers": 12, "dynamics.time_every": 3, "dynamics.heads": 12,
-            "dynamics.kv_heads": 3, "dynamics.registers": 8, "dynamics.context": 64,
-            "dynamics.k_max": 64,
-            "train.long_length": 96, "train.length": 32, "train.batch": 64,
-            "train.tokenizer_steps": 20000, "train.dynamics_steps": 60000,
-            "train.agent_steps": 20000, "train.imagine_steps": 2000, "agent.horizon": 15,
-            "agent.gamma": 0.997, "train.lr_policy": 5e-4,
-            "train.imagine_batch": 256, "train.lr_matrix": 3e-3, "train.lr": 1e-3},
     # real Minecraft (README, "Minecraft"), both never run: 'minecraft' by --stage sizes fits into
     # 80 GB; 'paper' has the paper's sizes as far as it gives them, and no plan for the memory
     "minecraft": {"data.env": "minerl", "data.path": "datasets/minecraft",
@@ -182,6 +172,14 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
 }
+
+
+# cpu_long twice as wide, on three times the rows; uncompiled, since compiling takes minutes there
+PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 1280, "dynamics.dim": 256,
+                  "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
+                  "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
+                  "train.compile": False, "train.tokenizer_steps": 2000,
+                  "train.dynamics_steps": 8000, "train.agent_steps": 3000}
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -272,14 +270,43 @@ class Job:
 
 # ------------------------------------------------------------------------------- training loop
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, with the matrices of one shape stepped together: one by one, a GPU waits for
+    thousands of small launches."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike, (a, b, c) = {}, group["ns_coefficients"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in alike.items():
+                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                           for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).bfloat16()
+                x = x.mT if rows > columns else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
+                for _ in range(group["ns_steps"]):              # Newton-Schulz: singular values to 1
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x,
+                                      beta=a)
+                x = (x.mT if rows > columns else x).float()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                # the step's root mean square is that of AdamW: adjust_lr_fn "match_rms_adamw"
+                torch._foreach_add_(params, list(x.unbind()),
+                                    alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+
 def make_optimizers(modules, lr_matrix, lr):
     """Muon for the matrices inside transformer blocks, AdamW without decay for the rest."""
     named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if "blocks." in n and p.ndim == 2]
     rest = [p for n, p in named if not ("blocks." in n and p.ndim == 2)]
     return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-            torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=0.01,
-                             adjust_lr_fn="match_rms_adamw")]
+            Muon(matrices, lr=lr_matrix, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
 
 
 def schedule(step, steps, warmup, cooldown):
@@ -707,42 +734,47 @@ def train_tokenizer(job):
 
 
 def cached_latents(job, tokenizer):
-    """Latents of all frames, float16 (frames, S_z, Z): streamed episode by episode through the
-    frozen tokenizer once, and kept beside the run."""
+    """All that later stages read of the recordings, kept beside the run: rows (frames,) of latents
+    z, float16 (S_z, Z), streamed episode by episode through the frozen tokenizer once, and of the
+    frames' other columns."""
     with in_turn():
         return make_latents(job, tokenizer)
 
 
 def make_latents(job, tokenizer):
     path, about = job.folder / "latents.npy", job.folder / "latents.json"
-    made_of = {"tokenizer": fingerprint(tokenizer), "dataset": job.dataset.fingerprint}
+    data, cfg, crc = job.dataset, tokenizer.cfg, 0
+    descr = [("z", "<f2", (cfg.latents // cfg.pack, cfg.channels * cfg.pack)),
+             *(x for x in data.rows(0).dtype.descr if x[0] in TYPES and x[0] != "frames")]
+    made_of = {"tokenizer": fingerprint(tokenizer), "dataset": data.fingerprint,
+               "rows": str(descr)}
     old = read_json(about) if about.exists() else {}
     if {k: old.get(k) for k in made_of} == made_of:
         try:
             latents = np.load(path, mmap_mode="r")
-            if old.get("crc") in (None, zlib.crc32(latents)):
+            if old.get("crc") in (None, zlib.crc32(latents.view(np.uint8))):
                 return latents
             raise ValueError("changed bytes")
         except (OSError, ValueError, EOFError) as error:
             print(f"warning: got damaged latents in {path} ({error}): computing them again.")
-    data, cfg, crc = job.dataset, tokenizer.cfg, 0
-    shape = data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack
 
     def write(file):                                # piece by piece: may be larger than the memory
         nonlocal crc
         np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f2", "fortran_order": False, "shape": tuple(map(int, shape))})
+            file, {"descr": descr, "fortran_order": False, "shape": (data.frames_total,)})
         for i, length in enumerate(data.lengths):
             cache = tokenizer.new_cache()
             for start in range(0, length, LATENT_CHUNK):
-                n = min(LATENT_CHUNK, length - start)
-                frames = job.to_device(data.read([i], [start], n, ["frames"])["frames"])
+                source = np.array(data.rows(i)[start:start + LATENT_CHUNK])
                 with autocast(job.device, job.args.dtype):
-                    z = tokenizer.encode(frames, cache)[0]
-                piece = z.cpu().numpy().astype("<f2").tobytes()
-                file.write(piece)
-                crc = zlib.crc32(piece, crc)
-                bar.update(int(n))
+                    z = tokenizer.encode(job.to_device(source["frames"])[None], cache)[0]
+                rows = np.empty(len(source), descr)
+                rows["z"] = z.float().cpu().numpy()
+                for name, *_ in descr[1:]:
+                    rows[name] = source[name]
+                file.write(rows.tobytes())
+                crc = zlib.crc32(rows.tobytes(), crc)
+                bar.update(len(source))
 
     with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
         write_whole(path, write)
@@ -790,14 +822,12 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
     if tasks and ladder == 1:
         task[:uniform] = job.prompts[index[:uniform, -1]]
-    read = job.dataset.read(episode, start, length, ["binary", "categorical", "continuous",
-                                                     "labelled", "events", "continues"])
-    batch = {"z": latents[index].astype(np.float32), "events": read["events"].astype(np.float32),
-             "task": np.repeat(task[:, None], length, 1),
-             "labelled": read["labelled"] & job.known[index],
-             "continues": read["continues"].astype(np.float32)}
+    rows = latents[index]
+    batch = {"task": np.repeat(task[:, None], length, 1),
+             "labelled": rows["labelled"] & job.known[index],
+             **{k: column(rows, k).astype(np.float32) for k in ("z", "events", "continues")}}
     return ({k: job.to_device(x) for k, x in batch.items()},
-            {k: job.to_device(read[k]) for k in ("binary", "categorical", "continuous")})
+            {k: job.to_device(column(rows, k)) for k in ("binary", "categorical", "continuous")})
 
 
 def window(cfg, step, steps):
