@@ -281,18 +281,19 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is not None:
                     alike.setdefault(p.shape, []).append(p)
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for (rows, columns), params in alike.items():
-                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                           for p in params]
                 grads = [p.grad for p in params]
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).bfloat16()
                 x = x.mT if rows > columns else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(group["eps"])
-                for _ in range(group["ns_steps"]):              # Newton-Schulz: singular values to 1
+                for _ in range(group["ns_steps"]):      # Newton-Schulz: singular values go to 1
                     gram = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x,
-                                      beta=a)
+                    gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+                    x = torch.baddbmm(x, gram, x, beta=a)
                 x = (x.mT if rows > columns else x).float()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 # the step's root mean square is that of AdamW: adjust_lr_fn "match_rms_adamw"
