@@ -1461,6 +1461,8 @@ def picture_curves(folder, stage):
         axis.set_title(key, fontsize=9)
         if min(values) > 0 and max(values) > 5 * min(values):
             axis.set_yscale("log")
+    for axis in axes.flat[len(keys):]:
+        axis.axis("off")
     figure.savefig(Path(folder) / f"{stage}_curves.png", dpi=70)
 
 

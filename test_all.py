@@ -174,6 +174,13 @@ def test_relevant_windows_hold_their_event(paint):
     assert only == set(range(4, 11)) and (start + 6 == paint.lengths[episode]).any()
     for relevant in (True, False):
         assert set(paint.sample(rng, 50, 6, relevant, tasks=[1])[2]) == {1}
+    few = data.Dataset(paint.path)                                              # task 0 is rare
+    few.events = few.events[(few.events[:, 2] == 1) | (few.events[:, 0] < 2)]
+    episode, start, task = few.sample(rng, 9000, 6, relevant=True, ahead=(1, 1))
+    assert abs(task.mean() - 0.5) < 0.03 and (few.events[:, 2] == 0).mean() < 0.25
+    there = {tuple(x) for x in few.events.tolist()
+             if x[0] != 19 and 1 <= x[1] <= few.lengths[x[0]] - 5}
+    assert {*zip(episode.tolist(), (start + 1).tolist(), task.tolist(), strict=True)} == there
     episode, start, task = paint.sample(rng, 300, 6)                            # control: uniform
     events = paint.read(episode, start, 6, ["events"])["events"][np.arange(300), :, task]
     assert not events[:, 1:].any(1).all()
@@ -185,8 +192,10 @@ def test_splits_are_disjoint(paint, tmp_path):
     assert valid.tolist() == [19] and sorted([*train, *valid]) == paint.episodes("all").tolist()
     small = data.record(PAINT, tmp_path / "small", 2, 5, 0, workers=1)
     assert (small.episodes("train").tolist(), small.episodes("valid").tolist()) == ([0], [1])
-    assert set(paint.sample(np.random.default_rng(0), 200, 5, split="valid")[0]) == {19}
-    assert 19 not in paint.sample(np.random.default_rng(0), 2000, 5)[0]
+    for relevant in (False, True):
+        draw = lambda relevant=relevant, **how: set(paint.sample(
+            np.random.default_rng(0), 2000, 5, relevant, **how)[0].tolist())
+        assert 19 not in draw() and draw(split="valid") == {19} and max(draw(first=5)) == 4
 
 
 def test_batch_depends_on_seed_stage_and_step_only(paint):
@@ -565,8 +574,9 @@ def test_loss_normalizer_forgets_a_start_at_once_and_noise_slowly():
 
 
 def test_muon_steps_as_torchs_does():
-    """Fails if matrices of one shape get each other's step, a tall one is taken for a wide one, or
-    rate, momentum or decay differ. Three steps, the third at another rate."""
+    """Fails if matrices of one shape get each other's step or a common norm, a tall one is taken
+    for a wide one, rate, momentum or decay differ, or ours can't go on from torch's state. Three
+    steps, the third at another rate."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 8), (8, 24), (24, 8), (8, 24), (8, 8), (24, 8), (4, 8)]
     start = [torch.randn(s, generator=generator) for s in shapes]
@@ -574,15 +584,17 @@ def test_muon_steps_as_torchs_does():
     settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
     steppers = train.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
     for lr in (0.02, 0.02, 0.005):
-        grads = [torch.randn(s, generator=generator) for s in shapes]
+        grads = [torch.randn(s, generator=generator) * 10.0 ** i for i, s in enumerate(shapes)]
+        if lr < 0.01:
+            steppers[0].load_state_dict(steppers[1].state_dict())
+            grads[0].zero_()
         for params, stepper in zip((ours, theirs), steppers, strict=True):
             for p, grad in zip(params, grads, strict=True):
                 p.grad = None if p is params[-1] and lr < 0.01 else grad
             stepper.param_groups[0]["lr"] = lr
             stepper.step()
         for p, q, x in zip(ours, theirs, start, strict=True):
-            assert torch.allclose(p, q, atol=1e-4) and not torch.allclose(p, x, atol=1e-3)
-    assert torch.optim.Muon(theirs).load_state_dict(steppers[0].state_dict()) is None
+            assert torch.allclose(p, q, atol=1.5e-3) and not torch.allclose(p, x, atol=4e-3)
 
 
 # ------------------------------------------------------------- tokenizer.py: causal tokenizer
@@ -3664,6 +3676,10 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
                           wrong, "--stage", "imagine")
     with pytest.raises(UserError, match="No tokenizer.pt"):
         train_quietly(finished, "--run", "seed1", "--base", "none", "--stage", "agent")
+    for name in ("latents.json", "latents.npy"):                    # other latents are no obstacle
+        (finished / "runs/seed1" / name).unlink()                   # a link: base has it, too
+    np.save(finished / "runs/seed1/latents.npy", np.zeros(3))
+    train_quietly(finished, "--run", "seed1", "--base", "base", "--stage", "agent", "--seed", 1)
     bare = finished / "runs/bare"                                   # a tokenizer and no latents yet
     bare.mkdir()
     shutil.copy(finished / "runs/base/tokenizer.pt", bare)
@@ -4046,7 +4062,7 @@ def test_settings_of_a_resumed_stage_must_be_the_same(copy, monkeypatch):
 
 def test_rows_beside_a_run_are_those_of_the_recordings(copy, monkeypatch):
     """Fails if a frame gets another one's action, event or latents, or pieces of an episode are
-    encoded without what was before them."""
+    encoded without what was before them, or after another episode."""
     folder, run = copy
     monkeypatch.setattr(train, "LATENT_CHUNK", 7)
     (run / "dynamics.pt").unlink(), (run / "latents.npy").unlink()
@@ -4054,7 +4070,9 @@ def test_rows_beside_a_run_are_those_of_the_recordings(copy, monkeypatch):
     rows, tokenizer = np.load(run / "latents.npy"), load_run(run, "tokenizer").tokenizer
     dataset = data.Dataset(next(p for p in (folder / "datasets").iterdir()
                                 if "reference" not in p.name))
-    assert len(rows) == dataset.frames_total and "frames" not in rows.dtype.names
+    made = rows_of(dataset, rows["z"]).dtype
+    assert len(rows) == dataset.frames_total and made.fields.keys() == rows.dtype.fields.keys()
+    assert all(rows.dtype[k] == made[k] for k in made.names)
     for i, first in enumerate(dataset.offsets[:-1]):
         episode, here = dataset.episode(i), rows[first:first + dataset.lengths[i]]
         for name in ("binary", "categorical", "continuous", "labelled", "events", "continues"):
@@ -4063,19 +4081,30 @@ def test_rows_beside_a_run_are_those_of_the_recordings(copy, monkeypatch):
         with torch.no_grad():
             z, alone = (tokenizer.encode(x)[0].numpy() for x in (frames, frames[:, 7:]))
         off = np.abs(here["z"] - z)
-        assert off.mean() < np.abs(here["z"][1:] - z[:-1]).mean() / 5
+        assert off.max() < 2e-3 and off.mean() < np.abs(here["z"][1:] - z[:-1]).mean() / 5
         assert off[7].mean() < np.abs(alone[0] - z[7]).mean() / 2               # has a past
 
 
-def test_damaged_latents_are_computed_again(copy, capsys):
-    """Fails if a changed byte in the cache is trained on, or the cache is not restored."""
+@pytest.mark.parametrize("harm", ["byte", "name of a column", "of older code"])
+def test_damaged_latents_are_computed_again(copy, capsys, harm):
+    """Fails if a changed byte in the cache is trained on, one in its header, or latents without
+    the other columns, as once; or the cache is not restored."""
     folder, run = copy
-    before = (run / "latents.npy").read_bytes()
-    break_file(run / "latents.npy", "byte")
+    path, about = run / "latents.npy", run / "latents.json"
+    before = path.read_bytes()
+    if harm == "byte":
+        break_file(path, "byte")
+    elif harm == "name of a column":
+        path.write_bytes(before.replace(b"'events'", b"'evenus'", 1))
+    else:
+        z, old = np.load(path)["z"].copy(), json.loads(about.read_text())
+        np.save(path, z)
+        del old["rows"]
+        about.write_text(json.dumps({**old, "crc": zlib.crc32(z)}))
     (run / "dynamics.pt").unlink()
     train_quietly(folder, *base("dynamics"))
-    assert "got damaged latents" in capsys.readouterr().out
-    assert (run / "latents.npy").read_bytes() == before
+    assert ("got damaged latents" in capsys.readouterr().out) == (harm != "of older code")
+    assert path.read_bytes() == before
 
 
 def test_a_full_disk_costs_nothing(copy, monkeypatch, capsys):

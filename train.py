@@ -174,7 +174,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
 }
 
 
-# cpu_long twice as wide, on three times the rows; uncompiled, since compiling takes minutes there
+# cpu_long with wider dynamics, more rows and play; uncompiled, for compiling takes minutes there
 PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 1280, "dynamics.dim": 256,
                   "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
@@ -271,13 +271,14 @@ class Job:
 # ------------------------------------------------------------------------------- training loop
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with the matrices of one shape stepped together: one by one, a GPU waits for
-    thousands of small launches."""
+    """torch's Muon (nesterov, match_rms_adamw), with the matrices of one shape stepped together:
+    one by one, a GPU waits for thousands of small launches."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             alike, (a, b, c) = {}, group["ns_coefficients"]
+            assert group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw", group
             for p in group["params"]:
                 if p.grad is not None:
                     alike.setdefault(p.shape, []).append(p)
@@ -296,8 +297,7 @@ class Muon(torch.optim.Muon):
                     x = torch.baddbmm(x, gram, x, beta=a)
                 x = (x.mT if rows > columns else x).float()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                # the step's root mean square is that of AdamW: adjust_lr_fn "match_rms_adamw"
-                torch._foreach_add_(params, list(x.unbind()),
+                torch._foreach_add_(params, list(x.unbind()),   # as long as a step of AdamW
                                     alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
@@ -636,8 +636,8 @@ def take_stages(base, folder, stage):
     there yet. No file of a run is ever changed, only replaced: links are as good as copies."""
     for name in [f"{s}.pt" for s in STAGES[:STAGES.index(stage)]] + ["latents.npy", "latents.json"]:
         source, target = base / name, folder / name
-        if not source.exists() and name.startswith("latents"):
-            continue                                # the stage makes them
+        if name.startswith("latents") and (target.exists() or not source.exists()):
+            continue                                # the stage sees whether they fit, or makes them
         if not source.exists():
             raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
         if target.exists() and not filecmp.cmp(source, target):
@@ -745,6 +745,7 @@ def cached_latents(job, tokenizer):
 def make_latents(job, tokenizer):
     path, about = job.folder / "latents.npy", job.folder / "latents.json"
     data, cfg, crc = job.dataset, tokenizer.cfg, 0
+    shape = (data.frames_total,)
     descr = [("z", "<f2", (cfg.latents // cfg.pack, cfg.channels * cfg.pack)),
              *(x for x in data.rows(0).dtype.descr if x[0] in TYPES and x[0] != "frames")]
     made_of = {"tokenizer": fingerprint(tokenizer), "dataset": data.fingerprint,
@@ -753,7 +754,8 @@ def make_latents(job, tokenizer):
     if {k: old.get(k) for k in made_of} == made_of:
         try:
             latents = np.load(path, mmap_mode="r")
-            if old.get("crc") in (None, zlib.crc32(latents.view(np.uint8))):
+            if (latents.dtype, latents.shape) == (np.dtype(descr), shape) and (
+                    zlib.crc32(latents.view(np.uint8)) == old.get("crc")):
                 return latents
             raise ValueError("changed bytes")
         except (OSError, ValueError, EOFError) as error:
@@ -762,7 +764,7 @@ def make_latents(job, tokenizer):
     def write(file):                                # piece by piece: may be larger than the memory
         nonlocal crc
         np.lib.format.write_array_header_1_0(
-            file, {"descr": descr, "fortran_order": False, "shape": (data.frames_total,)})
+            file, {"descr": descr, "fortran_order": False, "shape": shape})
         for i, length in enumerate(data.lengths):
             cache = tokenizer.new_cache()
             for start in range(0, length, LATENT_CHUNK):
@@ -773,8 +775,8 @@ def make_latents(job, tokenizer):
                 rows["z"] = z.float().cpu().numpy()
                 for name, *_ in descr[1:]:
                     rows[name] = source[name]
-                file.write(rows.tobytes())
-                crc = zlib.crc32(rows.tobytes(), crc)
+                file.write(piece := rows.tobytes())
+                crc = zlib.crc32(piece, crc)
                 bar.update(len(source))
 
     with torch.no_grad(), tqdm(total=data.frames_total, desc="latents") as bar:
@@ -804,8 +806,9 @@ def known_actions(job):
 def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladder=0,
                  split="train"):
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
-    as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), actions, labelled, continues,
-    task (B, T), events (B, T, tasks). ladder: share of the relevant rows whose tasks are those of
+    as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), labelled, continues, task (B, T),
+    events (B, T, tasks); and actions. latents: of cached_latents, with the frames' other columns.
+    ladder: share of the relevant rows whose tasks are those of
     its prompts; 1: uniform rows have that which it would ask for at their end. Where a part of the
     training episodes has its actions labelled, half of the uniform rows are from those, or their
     actions would be seldom seen."""
@@ -823,12 +826,12 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
     if tasks and ladder == 1:
         task[:uniform] = job.prompts[index[:uniform, -1]]
-    rows = latents[index]
+    frames = latents[index]
     batch = {"task": np.repeat(task[:, None], length, 1),
-             "labelled": rows["labelled"] & job.known[index],
-             **{k: column(rows, k).astype(np.float32) for k in ("z", "events", "continues")}}
+             "labelled": frames["labelled"] & job.known[index],
+             **{k: column(frames, k).astype(np.float32) for k in ("z", "events", "continues")}}
     return ({k: job.to_device(x) for k, x in batch.items()},
-            {k: job.to_device(column(rows, k)) for k in ("binary", "categorical", "continuous")})
+            {k: job.to_device(column(frames, k)) for k in ("binary", "categorical", "continuous")})
 
 
 def window(cfg, step, steps):
