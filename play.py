@@ -887,7 +887,7 @@ def matmul_peak(device, dtype, repeats=8):
 
 def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
     """Frames/s and FLOP/s (matrix products, the optimizer's too) of a training step."""
-    from train import compile_module, make_optimizers       # later in the order of imports
+    from train import make_optimizers                       # later in the order of imports
     from torch.utils.flop_counter import FlopCounterMode
     optimizers = make_optimizers([model], 1e-4, 1e-4)
 
@@ -901,17 +901,22 @@ def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
 
     with FlopCounterMode(display=False) as counter:
         step()
-    if device.type != "cuda":           # there it takes minutes, and the preset gpu does without
-        compile_module(model, device)
+    compile_for_bench(model, device)
     time_of_step = seconds(step, repeats, device)
     return frames / time_of_step, counter.get_total_flops() / time_of_step
+
+
+def compile_for_bench(module, device):
+    """As training does it: on CUDA it takes minutes, and the preset gpu does without."""
+    from train import compile_module                        # later in the order of imports
+    if device.type != "cuda":
+        compile_module(module, device)
 
 
 def bench(device, dtype="auto"):
     """Speeds at pinned shapes, random weights: 4 layers of width 256, 16 latent, 4 register tokens,
     K_max 16; training batch 16 x 16; and 8 layers of width 512 at T = 64 ("wide"). Encoding and
     decoding alone, and "tokenizer_default", are of the default tokenizer."""
-    from train import compile_module
     entries, spec = {}, ActionSpec(categorical=(17,))
     generator = torch.Generator(device).manual_seed(0)
 
@@ -967,8 +972,7 @@ def bench(device, dtype="auto"):
          / entries["bench_uncached_b1_c64_k4"][0], "ratio")
     agent = Agent(AgentConfig(), 256, spec, 22).to(device)
     fast = copy.deepcopy(net)
-    if device.type != "cuda":
-        compile_module(fast, device)
+    compile_for_bench(fast, device)
     note("imagination_b64_c16", imagination_rate(fast, agent, 64, 16, 12, device, dtype),
          "frames/s")
     note("imagination_uncached", imagination_rate(fast, agent, 64, 16, 12, device, dtype,

@@ -174,7 +174,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
 }
 
 
-# cpu_long with wider dynamics, more rows and play; uncompiled, for compiling takes minutes there
+# cpu_long with wider dynamics, more rows and play; uncompiled: on a GPU compiling takes minutes
 PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 1280, "dynamics.dim": 256,
                   "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
@@ -808,10 +808,9 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
     as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), labelled, continues, task (B, T),
     events (B, T, tasks); and actions. latents: of cached_latents, with the frames' other columns.
-    ladder: share of the relevant rows whose tasks are those of
-    its prompts; 1: uniform rows have that which it would ask for at their end. Where a part of the
-    training episodes has its actions labelled, half of the uniform rows are from those, or their
-    actions would be seldom seen."""
+    ladder: share of the relevant rows whose tasks are those of its prompts; 1: uniform rows have
+    that which it would ask for at their end. Where a part of the training episodes has its actions
+    labelled, half of the uniform rows are from those, or their actions would be seldom seen."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
     other = relevant - round(ladder * relevant)
