@@ -970,13 +970,14 @@ def bench(device, dtype="auto"):
     note("uncached_b1_c64_k4", rate(1, 64, kind=Recomputed, repeats=8), "frames/s")
     note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
          / entries["bench_uncached_b1_c64_k4"][0], "ratio")
-    agent = Agent(AgentConfig(), 256, spec, 22).to(device)
+    once, agent = (Agent(AgentConfig(k=k), 256, spec, 22).to(device) for k in (1, 4))
     fast = copy.deepcopy(net)
     compile_for_bench(fast, device)
-    note("imagination_b64_c16", imagination_rate(fast, agent, 64, 16, 12, device, dtype),
-         "frames/s")
-    note("imagination_uncached", imagination_rate(fast, agent, 64, 16, 12, device, dtype,
-                                                  Recomputed, 1), "frames/s")
+    imagined = functools.partial(imagination_rate, fast, B=64, context=16, horizon=12,
+                                 device=device, dtype=dtype)
+    note("imagination_b64_c16_k1", imagined(once), "frames/s")
+    note("imagination_b64_c16", imagined(agent), "frames/s")
+    note("imagination_uncached", imagined(agent, kind=Recomputed, repeats=1), "frames/s")
     note("imagination_cached_over_uncached", entries["bench_imagination_b64_c16"][0]
          / entries["bench_imagination_uncached"][0], "ratio")
     for context in (16, 64, 192):
@@ -1520,12 +1521,15 @@ def picture_rungs(path, spec, results, measure):
 
 @torch.no_grad()
 def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
-    """Imagined rollouts of the policy on reference windows that show an event: the last frame of
-    the context and what follows, with the task, predicted rewards and values."""
+    """Imagined rollouts of the policy on reference windows before an event of the ladder (where
+    there is one): the last frame of the context and what follows, with the task, predicted rewards
+    and values."""
     cfg, device, rng = run.agent.cfg, run.device, np.random.default_rng(seed)
     C, H = cfg.context, cfg.horizon
+    ladder = [run.spec.tasks.index(name) for name, _ in run.spec.ladder]
+    ladder = tuple(np.intersect1d(ladder, dataset.events[:, 2]).astype(int))
     episode, start, task = dataset.sample(rng, rows, C, len(dataset.events) > 0, "all",
-                                          (C, C + H - 1))
+                                          (C, C + H - 1), ladder)
     clips, actions = to_tensors(dataset.read(episode, start, C), device)
     asked = torch.as_tensor(task, device=device)[:, None]
     with autocast(device, dtype):

@@ -1509,9 +1509,10 @@ def test_intervals_against_known_values():
     assert 1.7 < wide / narrow < 2.3
 
 
-def test_comparison_of_agents_against_known_values():
+def test_comparison_of_agents_against_known_values(tmp_path):
     """Fails if an interval, the exact McNemar test or Holm's correction is wrong, runs are pooled
-    as if they were independent, or a time forgets the episodes that never got there."""
+    as if they were independent, a time forgets the episodes that never got there, or a chart is
+    drawn of no agent."""
     value, low, high, p = play.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert value == 3 and abs(high - 3 - 2.776 * 1.5811 / 5 ** 0.5) < 1e-3 and low == 6 - high
     assert abs(p - 0.01324) < 1e-4 and abs(play.t_interval([0.0, 1.0])[2] - 0.5 - 6.353) < 1e-3
@@ -1528,6 +1529,10 @@ def test_comparison_of_agents_against_known_values():
                                     "random": bc[:1] * inf}, 10)
     named = {k: {"value": entry[0]} for k, entry in got.items()}
     assert play.agents_in(named, spec) == ["random", "bc", "rlcool", "cool", "rl"]
+    shown = {k: dict(zip(("value", "low", "high"), entry[:3])) for k, entry in got.items()}
+    for name, known in (("full", shown), ("none", {"ladder_rl_minus_bc": shown["ladder_bc"]})):
+        play.picture_rungs(tmp_path / f"{name}.png", spec, known, "success")
+    assert [path.stem for path in tmp_path.iterdir()] == ["full"]
     assert got["ladder_rlcool_minus_bc"][0] == 0 and "ladder_rl_minus_rlcool" not in got
     assert got["ladder_bc"][0] == 0.75 and got["ladder_rl"][0] == 1.5
     assert got["life_bc"][0] == (10 + 8 + 9 + 10) / 4 and got["life_rl"][0] == 10
@@ -3210,6 +3215,9 @@ def test_import_video_is_unlabelled(tmp_path):
     episode = dataset.episode(0)
     assert not episode["labelled"].any() and not episode["events"].any()
     assert episode["continues"].all() and "about 0 MB" in out
+    for fps in (0, math.inf, math.nan):
+        with pytest.raises(UserError, match="--fps"):
+            data.import_video([tmp_path / "a.mp4"], tmp_path / "more", (32, 64), fps)
 
 
 def test_readers_of_recordings_use_no_torch():
@@ -3661,6 +3669,7 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     play.evaluate(words)
     results = play.read_results("runs/base")
     assert results["ladder_cool"]["n"] == 6 and results["ladder_rl_minus_bc"]["n"] == 3
+    assert results["ladder_random"]["n"] == 3 and "ladder_player" not in results    # it has none
     assert results["temperature_cool"]["value"] in (1.0, 0.5)
     kept = sorted((finished / "runs/seed1/episodes").glob("*agent_30000_3x6_t1_*"))
     crc = zlib.crc32((finished / "runs/seed1/agent.pt").read_bytes())   # of these weights alone
@@ -3971,6 +3980,10 @@ FAULTS = {
     "long windows too short": (None, (*NEW, "--train.long_length", "8"),
                                "need more than dynamics.context 8"),
     "sampling steps never learned": (None, (*NEW, "--agent.k", "3"), "Got agent.k 3, need a power"),
+    "sampling steps its dynamics never learned": (
+        lambda w, r: [train_quietly(w, *base(s, "--dynamics.k_max", "8", "--resume", "no"))
+                      for s in ("dynamics", "agent")] + [(r / "imagine.pt").unlink()],
+        base("imagine", "--agent.k", "16"), "Got agent.k 16, need a power of two up to dynamics.k"),
     "unknown flag": (None, (*NEW, "--train.stepps", "3"), "unrecognized arguments: --train.stepps"),
     "no such device": (None, (*NEW, "--device", "abacus"), "--device abacus, which torch can't"),
     "no such dtype": (None, (*NEW, "--dtype", "int3"), "Got --dtype int3, need auto, bf16, fp16"),

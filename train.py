@@ -233,15 +233,19 @@ def parse(argv=None):
         raise UserError(f"Got train.long_length {configs['train']['long_length']}, need more than "
                         f"dynamics.context {configs['dynamics']['context']}: else every frame that "
                         "the model sees has the start of the window in sight.")
-    k, finest = configs["agent"]["k"], configs["dynamics"]["k_max"]
-    if k & (k - 1) or k > finest:
-        raise UserError(f"Got agent.k {k}, need a power of two up to dynamics.k_max {finest}, the "
-                        "step sizes that the dynamics learn, or 0.")
+    check_steps(configs)
     args.run = args.run or configs["data"]["env"].split(":")[0]
     if args.base and (args.stage not in STAGES[1:] or args.base == args.run):
         raise UserError(f"Got --base {args.base} --run {args.run} --stage {args.stage}, need one "
                         f"stage of {STAGES[1:]} and another run.")
     return args, configs
+
+
+def check_steps(configs):
+    k, finest = configs["agent"]["k"], configs["dynamics"]["k_max"]
+    if k & (k - 1) or k > finest:
+        raise UserError(f"Got agent.k {k}, need a power of two up to dynamics.k_max {finest}, the "
+                        "step sizes that the dynamics learn, or 0.")
 
 
 @dataclass
@@ -970,6 +974,7 @@ def train_agent(job):
 def train_imagine(job):
     """Section 3.3, Eq. 10 and 11: policy and value head learn from imagined rollouts alone."""
     run = open_stage(job, "agent")
+    check_steps(job.configs)                        # the flags of then had another k_max, perhaps
     latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
     made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
