@@ -1537,7 +1537,7 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
         h, _, z_next = imagine_rollout(run.dynamics, run.agent, z, actions, clips["labelled"],
                                        run.agent.prompt(asked).expand(-1, C), H,
                                        torch.Generator(device).manual_seed(seed))
-        frames = run.tokenizer.decode(torch.cat([z, z_next], 1))[:, C - 1:].cpu()
+        frames = run.tokenizer.decode(torch.cat([z, z_next], 1))[:, C - 1:].cpu().numpy()
         rewards, values = run.agent.rewards(h, asked), run.agent.values(h)
     figure, axes = new_figure(rows, h.shape[1], (1.1 * h.shape[1], 1.5 * rows), 0.3)
     for i, row in enumerate(axes):

@@ -1559,6 +1559,22 @@ def test_comparison_of_agents_against_known_values(tmp_path):
         spec, {"rl": np.concatenate([rl, rl]), "bc": np.concatenate([bc, bc[:1]])}, 10)
 
 
+def test_pictured_prompts_are_those_of_the_ladder(monkeypatch, tmp_path):
+    """Fails if the picture of imagined rollouts shows prompts that are not practised."""
+    run, real, drawn = key_run(), data.Dataset.sample, []
+    dataset = data.record(KEYS, tmp_path / "set", 5, 30, 0, workers=1)
+
+    def sample(self, *how):
+        drawn.append(real(self, *how))
+        return drawn[-1]
+
+    monkeypatch.setattr(data.Dataset, "sample", sample)
+    for ladder in (((run.spec.tasks[1], 0),), ()):
+        run.spec = replace(run.spec, ladder=ladder)
+        play.picture_imagined(run, dataset, tmp_path / "imagined.png", 4, "fp32")
+    assert [set(task.tolist()) for _, _, task in drawn] == [{1}, {0, 1}]
+
+
 def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
     """Fails if predictions are compared with another frame's or task's events, or precision and
     recall are swapped. A stub head claims task 0 wherever the picture shows category 4."""
