@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # also where there is a GPU, and in every child process
+signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs of a shell ignore it
 
 import torch
 
