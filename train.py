@@ -974,7 +974,7 @@ def train_agent(job):
 def train_imagine(job):
     """Section 3.3, Eq. 10 and 11: policy and value head learn from imagined rollouts alone."""
     run = open_stage(job, "agent")
-    check_steps(job.configs)                        # the flags of then had another k_max, perhaps
+    check_steps(job.configs)                        # with the k_max of the checkpoint
     latents, dynamics, agent = cached_latents(job, run.tokenizer), run.dynamics, run.agent
     made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
