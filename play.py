@@ -1522,14 +1522,13 @@ def picture_rungs(path, spec, results, measure):
 @torch.no_grad()
 def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     """Imagined rollouts of the policy on reference windows before an event of the ladder (where
-    there is one): the last frame of the context and what follows, with the task, predicted rewards
-    and values."""
+    one fits): the last frame of the context and what follows, with the task, predicted rewards and
+    values."""
     cfg, device, rng = run.agent.cfg, run.device, np.random.default_rng(seed)
     C, H = cfg.context, cfg.horizon
-    ladder = [run.spec.tasks.index(name) for name, _ in run.spec.ladder]
-    ladder = tuple(np.intersect1d(ladder, dataset.events[:, 2]).astype(int))
-    episode, start, task = dataset.sample(rng, rows, C, len(dataset.events) > 0, "all",
-                                          (C, C + H - 1), ladder)
+    ladder, ahead = tuple(run.spec.tasks.index(name) for name, _ in run.spec.ladder), (C, C + H - 1)
+    before = len(dataset.showing(C, "all", None, *ahead, ladder)[0]) > 0
+    episode, start, task = dataset.sample(rng, rows, C, before, "all", ahead, ladder)
     clips, actions = to_tensors(dataset.read(episode, start, C), device)
     asked = torch.as_tensor(task, device=device)[:, None]
     with autocast(device, dtype):

@@ -1561,7 +1561,8 @@ def test_comparison_of_agents_against_known_values(tmp_path):
 
 
 def test_pictured_prompts_are_those_of_the_ladder(monkeypatch, tmp_path):
-    """Fails if the picture of imagined rollouts shows prompts that are not practised."""
+    """Fails if the picture of imagined rollouts shows prompts that are not practised, or can't be
+    drawn where the ladder's events come too early to imagine what leads to them."""
     run, real, drawn = key_run(), data.Dataset.sample, []
     dataset = data.record(KEYS, tmp_path / "set", 5, 30, 0, workers=1)
 
@@ -1574,6 +1575,11 @@ def test_pictured_prompts_are_those_of_the_ladder(monkeypatch, tmp_path):
         run.spec = replace(run.spec, ladder=ladder)
         play.picture_imagined(run, dataset, tmp_path / "imagined.png", 4, "fp32")
     assert [set(task.tolist()) for _, _, task in drawn] == [{1}, {0, 1}]
+    dataset.events = np.array([[0, 1, 1], [0, 20, 0]])              # task 1 happens in frame 1
+    dataset.showing.cache_clear()
+    run.spec = replace(run.spec, ladder=((run.spec.tasks[1], 0),))
+    play.picture_imagined(run, dataset, tmp_path / "imagined.png", 4, "fp32")
+    assert set(drawn[-1][2].tolist()) == {1}
 
 
 def test_heads_are_judged_frame_by_frame(monkeypatch, tmp_path):
@@ -3741,6 +3747,9 @@ def test_half_of_the_cloned_rows_show_a_rung_of_the_ladder(tmp_path):
     quarter = tasks(0.25)
     assert 0.4 < tasks(0).float().mean() < 0.6 and (quarter[300:] == 1).all()
     assert 0.4 < quarter[:300].float().mean() < 0.6
+    other = train.latent_batch(job, latents, np.random.default_rng(0), 400, 40, 8, None, 1.0)[0]
+    assert 0.4 < other["task"][:400, 0].float().mean() < 0.6        # those imitate nothing
+    assert (other["task"][400:] == 1).all()
     dataset.spec = replace(dataset.spec, ladder=())
     free = train.latent_batch(job, latents, np.random.default_rng(0), 400, 0, 8, None, True)[0]
     assert 0.4 < free["task"][:, 0].float().mean() < 0.6

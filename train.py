@@ -812,9 +812,10 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
     """`uniform` rows from anywhere, then `relevant` ones that show their task being done, `ahead`
     as in Dataset.sample -> dict of tensors: z (B, T, S_z, Z), labelled, continues, task (B, T),
     events (B, T, tasks); and actions. latents: of cached_latents, with the frames' other columns.
-    ladder: share of the relevant rows whose tasks are those of its prompts; 1: uniform rows have
-    that which it would ask for at their end. Where a part of the training episodes has its actions
-    labelled, half of the uniform rows are from those, or their actions would be seldom seen."""
+    ladder: share of the relevant rows whose tasks are those of its prompts; with `ahead` uniform
+    rows have that which it would ask for at their end. Where a part of the training episodes has
+    its actions labelled, half of the uniform rows are from those, or their actions would be seldom
+    seen."""
     spec = job.dataset.spec
     tasks = [spec.tasks.index(task) for task, _ in spec.ladder] if ladder else []
     other = relevant - round(ladder * relevant)
@@ -827,7 +828,7 @@ def latent_batch(job, latents, rng, uniform, relevant, length, ahead=None, ladde
                  (other, True, (), None), (relevant - other, True, tasks, None)) if n]
     episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
     index = (job.dataset.offsets[episode] + start)[:, None] + np.arange(length)
-    if tasks and ladder == 1:
+    if tasks and ahead:
         task[:uniform] = job.prompts[index[:uniform, -1]]
     frames = latents[index]
     batch = {"task": np.repeat(task[:, None], length, 1),
