@@ -30,7 +30,7 @@ class AgentConfig:
     mtp: int = 8                # L = 8: heads predict distances 0 .. L
     bins: int = 255             # symexp two-hot
     relevant: float = 0.5       # 0.5: share of rows that show a task being done, to be cloned
-    ladder: float = 0.0         # of those, share whose task is the ladder's (1: other rows' too)
+    ladder: float = 0.0         # of those, share whose task is one of the prompt ladder
     bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
     prompts: bool = True        # False: the policy isn't told its task ("notask")
