@@ -40,7 +40,7 @@ class AgentConfig:
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
     k: int = 0                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
-    once: bool = True           # False: a return ends with its task's event, as a prompt does
+    once: bool = True           # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
     pmpo_alpha: float = 0.5     # 0.5
