@@ -24,7 +24,6 @@ import re
 import resource
 import shlex
 import socketserver
-import struct
 import sys
 import tempfile
 import threading
@@ -1622,14 +1621,9 @@ def pick(request, name, options, default=None):
 
 
 def png(frame):
-    """uint8 (H, W, 3) -> a PNG as base64 text. By hand: a fifth of imageio's time."""
-    H, W, _ = frame.shape
-    rows = np.pad(frame.reshape(H, -1), ((0, 0), (1, 0))).tobytes()     # 0: no filter in this row
-    parts = ((b"IHDR", struct.pack(">2I5B", W, H, 8, 2, 0, 0, 0)),
-             (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x))
-        for name, x in parts)).decode()
+    """uint8 (H, W, 3) -> a PNG as base64 text."""
+    return base64.b64encode(imageio.imwrite("<bytes>", frame, format="png",
+                                            compress_level=1)).decode()
 
 
 class Session:
