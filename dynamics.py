@@ -37,6 +37,7 @@ class DynamicsConfig:
     soft_cap: float = 50.0
     k_max: int = 16             # finest step: d_min = 1 / k_max
     k: int = 4                  # 4 sampling steps for a frame
+    d_label: str = "own"        # step size told to the network in sampling: "own", 1/k | "min"
     p_boot: float = 0.25        # share of rows with bootstrap; 1: all rows, 0: diffusion forcing
     prediction: str = "x"       # "x": clean latents; "v": velocity (ablation)
     loss_space: str = "x"       # "x" | "v" (ablation)
@@ -52,9 +53,11 @@ class DynamicsConfig:
             value = getattr(self, name)
             if value & (value - 1) or value > self.k_max:
                 raise UserError(f"Got dynamics.{name} {value}: need a power of two, k <= k_max.")
-        for name in ("prediction", "loss_space"):
-            if getattr(self, name) not in ("x", "v"):
-                raise UserError(f"Got dynamics.{name} {getattr(self, name)!r}, need 'x' or 'v'.")
+        for name, words in (("prediction", ("x", "v")), ("loss_space", ("x", "v")),
+                            ("d_label", ("own", "min"))):
+            if getattr(self, name) not in words:
+                raise UserError(f"Got dynamics.{name} {getattr(self, name)!r}, need one of "
+                                f"{words}.")
 
 
 # ----------------------------------------------------------------------- equations 2, 4 to 8
@@ -269,7 +272,8 @@ class Dream:
     def __init__(self, model, generator=None, cache=None):
         self.model, self.generator, self.k = model, generator, model.cfg.k
         self.cache = cache or Cache(model.cfg.context)
-        self.d_label = model.d_min if model.cfg.p_boot == 0 else None   # diffusion forcing
+        finest = model.cfg.d_label == "min" or model.cfg.p_boot == 0    # 0: diffusion forcing
+        self.d_label = model.d_min if finest else None
         self.corrupt = True             # False (ablation): committed frames get no noise
         self.h_denoise = None           # h of `imagine`'s last pass (ablation)
 

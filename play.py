@@ -1983,7 +1983,10 @@ def make_parser():
                         help="world: which measures")
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
-    parser.add_argument("--k", type=int, help="eval, dream: sampling steps, default the run's")
+    parser.add_argument("--k", type=int, help="eval, world, dream: sampling steps, default the "
+                        "run's")
+    parser.add_argument("--finest", action="store_true", help="eval, world, dream: the network is "
+                        "told its finest step, whatever K")
     parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...",
                         type=whole_numbers, help="world: the sampling steps that are compared")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
@@ -2052,8 +2055,10 @@ def open_run(args, settings, device):
     run = load_run(args.run, args.stage, device, args.dtype)
     if run.dynamics is None and args.command != "eval":
         raise UserError(f"No dynamics in {args.run}: run 'python train.py --stage dynamics'.")
-    if run.dynamics and args.k:
-        run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=args.k)
+    if run.dynamics:
+        cfg = run.dynamics.cfg
+        run.dynamics.cfg = dataclasses.replace(
+            cfg, k=args.k or cfg.k, d_label="min" if args.finest else cfg.d_label)
     return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
                               args.workers, settings.get("reference", ""))
 

@@ -966,6 +966,20 @@ def test_context_label_equals_the_noise_added():
     assert ((drawn_tau == 14 / 16) & (drawn_d == 1 / 16)).any()
 
 
+@pytest.mark.parametrize("changes, told", [({}, 1 / 2), ({"d_label": "min"}, 1 / 8),
+                                           ({"p_boot": 0.0}, 1 / 8)])
+def test_sampling_tells_the_step_size_that_was_asked_for(changes, told):
+    """Fails if diffusion forcing, which knows the finest step alone, or d_label "min" is told
+    another one, or a shortcut model is not told its own."""
+    z, actions, labelled = play_inputs(2, 1)
+    model, seen = tiny_dynamics(k=2, **changes), []
+    dream = Dream(model, torch.Generator().manual_seed(0))
+    model.register_forward_hook(lambda _, inputs, out: seen.append((inputs[1], inputs[2])))
+    dream.imagine(actions, labelled)
+    assert [float(tau[0, 0]) for tau, _ in seen] == [0, 1 / 2]
+    assert all((d == told).all() for _, d in seen)
+
+
 def test_dream_keeps_one_frame_per_commit():
     """Fails if denoising passes stay in the cache: K passes and a commit must equal a full
     forward over the committed frames, past the window."""
