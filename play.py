@@ -1983,10 +1983,10 @@ def make_parser():
                         help="world: which measures")
     parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
     parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
-    parser.add_argument("--k", type=int, help="eval, world, dream: sampling steps, default the "
-                        "run's")
-    parser.add_argument("--finest", action="store_true", help="eval, world, dream: the network is "
-                        "told its finest step, whatever K")
+    parser.add_argument("--k", type=int, help="eval, world, labels, dream: sampling steps, "
+                        "default the run's")
+    parser.add_argument("--finest", action="store_true", help="eval, world, labels, dream: the "
+                        "network is told its finest step, whatever K")
     parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...",
                         type=whole_numbers, help="world: the sampling steps that are compared")
     parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
@@ -2050,17 +2050,23 @@ def evaluate_world_more(args, command):
         add_results(folder, command, measures[part]())
 
 
-def open_run(args, settings, device):
-    """The run and the reference set that it is judged by."""
-    run = load_run(args.run, args.stage, device, args.dtype)
+def load_asked(folder, args, device):
+    """The run in `folder` at the stage, and sampling as, the command line asks for."""
+    run = load_run(folder, args.stage, device, args.dtype)
     if run.dynamics is None and args.command != "eval":
-        raise UserError(f"No dynamics in {args.run}: run 'python train.py --stage dynamics'.")
+        raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
     if run.dynamics:
         cfg = run.dynamics.cfg
         run.dynamics.cfg = dataclasses.replace(
             cfg, k=args.k or cfg.k, d_label="min" if args.finest else cfg.d_label)
-    return run, reference_set(settings["env"], settings["reference_episodes"], settings["length"],
-                              args.workers, settings.get("reference", ""))
+    return run
+
+
+def open_run(args, settings, device):
+    """The run that the command names, and the reference set that it is judged by."""
+    return load_asked(args.run, args, device), reference_set(
+        settings["env"], settings["reference_episodes"], settings["length"], args.workers,
+        settings.get("reference", ""))
 
 
 def main():
@@ -2082,8 +2088,7 @@ def main():
         if "none" not in others:
             raise UserError(f"Got --with {args.others!r}, need none=RUN,NAME=RUN,...: the run "
                             "without labels and those in between; --run is the one with all.")
-        runs = {"all": run} | {k: load_run(r, args.stage, device, args.dtype)
-                               for k, r in others.items()}
+        runs = {"all": run} | {k: load_asked(r, args, device) for k, r in others.items()}
         add_results(folder, command, evaluate_labels(runs, dataset, args.dtype))
     elif args.command == "bench":
         entries = bench(pick_device(args.device), args.dtype)

@@ -3666,6 +3666,19 @@ def stop_after(monkeypatch, folder, saves, *flags, signal_number=None):
         train_quietly(folder, *flags)
 
 
+def test_all_runs_of_a_command_sample_as_it_asks(finished, monkeypatch):
+    """Fails if --k or --finest is lost, or of the runs that `labels` compares reaches one alone."""
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(play, "evaluate_labels", lambda runs, *_: asked.update(
+        {name: (run.dynamics.cfg.k, run.dynamics.cfg.d_label) for name, run in runs.items()}) or {})
+    for flags, want in (((), (4, "own")), (("--k", "2", "--finest"), (2, "min"))):
+        asked = {}
+        monkeypatch.setattr(sys, "argv", ["play.py", "labels", "--run", "runs/base", "--with",
+                                          "none=runs/base", *flags])
+        play.main()
+        assert asked == {"all": want, "none": want}
+
+
 def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     """Fails if --base trains the base's stages again or changes its files, seeds give equal agents,
     or --compare mixes up runs, stages or what it keeps; and for the policies without prompts and
