@@ -2217,6 +2217,23 @@ def test_half_of_the_dynamics_rows_show_a_task_being_done(monkeypatch, workplace
         assert any(rows[0] for rows in seen) == (share > 0)     # p_boot: the first of six rows
 
 
+def test_bootstrap_rows_come_in_after_their_share_of_the_steps(monkeypatch, workplace):
+    """Fails if --train.boot_after is turned round, counted in steps, or off by one."""
+    seen = []
+
+    def noted(model, z, actions, labelled, n_boot, *rest, real=train.dynamics_losses, **named):
+        seen.append(n_boot)
+        return real(model, z, actions, labelled, n_boot, *rest, **named)
+
+    monkeypatch.setattr(train, "dynamics_losses", noted)
+    train_here(monkeypatch, workplace, "--run", "boots", "--stage", "tokenizer")
+    for share, first in ("0", 0), ("0.5", 4), ("0.7", 6), ("1", 8):
+        seen.clear()
+        train_here(monkeypatch, workplace, "--run", "boots", "--stage", "dynamics", "--resume",
+                   "no", "--dynamics.p_boot", "0.5", "--train.boot_after", share)
+        assert len(seen) == 8 and [n > 0 for n in seen] == [step >= first for step in range(8)]
+
+
 def test_every_stage_runs_and_resume_equals_an_uninterrupted_run(monkeypatch, workplace):
     """Fails if a stage can't use what the one before it made, or optimizer, normalizer, step or
     batch order differ after an interruption."""

@@ -78,6 +78,7 @@ class TrainConfig:
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
     relevant: float = 0.0       # share of the dynamics' rows that show a task being done
+    boot_after: float = 0.0     # share of the dynamics' steps before bootstrap rows come in
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
@@ -94,7 +95,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config("train", self, zero=("warmup", "value_first"),
-                     shares=("long_share", "relevant", "cooldown"))
+                     shares=("long_share", "relevant", "boot_after", "cooldown"))
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
@@ -910,8 +911,9 @@ def train_dynamics(job):
         batch, actions = ({k: x[mixed] for k, x in part.items()} for part in latent_batch(
             job, latents, rng, rows - relevant, relevant, length))
         single = draw_single(rows, rows, dynamics.cfg.single_images, rng, job)
+        boot = step >= cfg.boot_after * cfg.dynamics_steps  # before, it had itself to learn from
         losses, _, metrics = dynamics_losses(dynamics, batch["z"], actions, batch["labelled"],
-                                             round(dynamics.cfg.p_boot * rows), generator,
+                                             round(dynamics.cfg.p_boot * rows) * boot, generator,
                                              single=single)
         if (step + 1) % cfg.check_every == 0:
             metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
