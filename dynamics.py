@@ -220,11 +220,12 @@ class Dynamics(nn.Module):
 
 
 def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None, task=None,
-                    single=None, context_level=0):
+                    single=None, context_level=0, drawn=None):
     """One training step's losses: z1 (B, T, S_z, Z) clean latents.
 
     Rows [0, n_boot) draw coarse steps, rows [0, n_loss) take the dynamics loss (default: all), the
-    last `context_level` rows are shown at the signal level of committed frames.
+    last `context_level` rows are shown at the signal level of committed frames. drawn (B, T) bool:
+    rows with any such frame are as in a dream, those frames pure noise, the others committed.
     Returns losses {"dynamics"}, h (B, T, D) or None, metrics by term, tau and d (nan: no frame).
     """
     cfg = model.cfg
@@ -232,6 +233,11 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     n = B if n_loss is None else n_loss
     tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, generator, z1.device)
     tau[B - context_level:], d[B - context_level:] = model.tau_ctx, model.d_min
+    dreamed = torch.zeros(B, 1, dtype=torch.bool, device=z1.device)
+    if drawn is not None:               # not in the paper: what happens, after a past that is known
+        dreamed = drawn.any(1, keepdim=True)
+        tau = torch.where(dreamed, torch.where(drawn, 0.0, model.tau_ctx), tau)
+        d = torch.where(dreamed, model.d_min, d)
     z0 = torch.randn(z1.shape, generator=generator, device=z1.device)
     z_tilde = corrupt(z0, z1, tau)
     z1_hat, h = model(z_tilde, tau, d, actions, labelled, task, single)
@@ -245,7 +251,7 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     error = torch.cat([shortcut_loss(g, z1_hat[s], z_tilde[s], z1[s], tau[s], d[s], model.d_min,
                                      cfg.loss_space) for g, s in halves if s.stop > s.start])
     tau, d = tau[:n], d[:n]
-    weighted = error * ramp_weight(tau) if cfg.ramp else error
+    weighted = torch.where(dreamed[:n], error, error * ramp_weight(tau)) if cfg.ramp else error
     fine = d == model.d_min
     with torch.no_grad():               # the table that explains the method: error by tau and d
         mean = lambda x, frames: (x * frames).sum() / frames.sum()

@@ -1033,6 +1033,34 @@ def test_dynamics_loss_rows():
     assert (d[:2] > model.d_min).any()
 
 
+def test_rows_as_in_a_dream_show_a_known_past_and_draw_from_nothing(monkeypatch):
+    """Fails if in a row with drawn frames any of those is shown more than noise, any other frame
+    not at the level of committed ones, one isn't at d_min, an error there is weighed by the ramp,
+    or a row without drawn frames changes."""
+    model, seen = tiny_dynamics(), []
+    drawn = torch.zeros(6, 4, dtype=torch.bool)
+    drawn[3, 1] = drawn[5, 2:] = True
+    run = lambda drawn, seed=0: dynamics_losses(model, *play_inputs(6, 4), 2,
+                                                torch.Generator().manual_seed(seed), drawn=drawn)
+    handle = model.register_forward_hook(lambda m, args, out: seen.append(args))
+    run(None), run(drawn)
+    handle.remove()
+    (z, tau, d), (z_drawn, tau_drawn, d_drawn) = (args[:3] for args in (seen[0], seen[3]))
+    rows = torch.tensor([3, 5])
+    assert (d_drawn[rows] == model.d_min).all()
+    assert torch.equal(tau_drawn[rows], torch.where(drawn[rows], 0.0, model.tau_ctx))
+    others = torch.tensor([0, 1, 2, 4])
+    assert torch.equal(tau_drawn[others], tau[others]) and torch.equal(d_drawn[others], d[others])
+    assert torch.equal(z_drawn[others], z[others]) and not torch.equal(z_drawn[rows], z[rows])
+    generator = torch.Generator().manual_seed(0)
+    sample_tau_d(6, 4, model.cfg.k_max, 2, generator)
+    noise = torch.randn(z.shape, generator=generator)
+    assert torch.equal(z_drawn[drawn], noise[drawn])                # nothing of the frame is left
+    monkeypatch.setattr("dynamics.shortcut_loss", lambda f, z, *_: torch.ones(z.shape[:2]))
+    weights = torch.where(drawn.any(1, keepdim=True), 1.0, 0.9 * tau + 0.1)
+    assert torch.isclose(run(drawn)[0]["dynamics"], weights.mean())
+
+
 def test_errors_are_told_apart_by_signal_level_and_step_size(monkeypatch):
     """Fails if a coarse frame counts among the fine ones, a level falls into another quarter, the
     ramp is left out, or an empty bin is not nan. Errors and levels are given, means by hand."""
@@ -2215,6 +2243,41 @@ def test_half_of_the_dynamics_rows_show_a_task_being_done(monkeypatch, workplace
         assert all(int(rows.sum()) == round(share * len(rows)) for rows in seen)
         assert torch.stack([rows[0] for rows in seen]).float().mean().item() < 1
         assert any(rows[0] for rows in seen) == (share > 0)     # p_boot: the first of six rows
+
+
+def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
+    """Fails if --train.drawn leaves the frame of an event out, reaches a row with bootstrap, from
+    anywhere or of separate images, or draws another share of the other frames."""
+    seen = []
+
+    def marked(job, latents, rng, uniform, relevant, *rest, real=train.latent_batch, **named):
+        batch, actions = real(job, latents, rng, uniform, relevant, *rest, **named)
+        batch["z"] = torch.zeros_like(batch["z"])
+        batch["z"][uniform:] = 1 + batch["events"][uniform:].any(-1)[..., None, None]
+        return batch, actions
+
+    def noted(model, z, actions, labelled, n_boot, *rest, real=train.dynamics_losses, single=None,
+              drawn=None, **named):
+        seen.append((z[..., 0, 0], n_boot, single, drawn))
+        return real(model, z, actions, labelled, n_boot, *rest, single=single, drawn=drawn, **named)
+
+    monkeypatch.setattr(train, "latent_batch", marked)
+    monkeypatch.setattr(train, "dynamics_losses", noted)
+    train_here(monkeypatch, workplace, "--run", "drawn", "--stage", "tokenizer")
+    share = []
+    for flags, chance in ((), 0), (("--train.drawn", "0.4"), 0.4):
+        seen.clear()
+        train_here(monkeypatch, workplace, "--run", "drawn", "--stage", "dynamics", "--resume",
+                   "no", "--train.relevant", "0.5", "--dynamics.single_images", "0.3", *flags)
+        for kind, n_boot, single, drawn in seen:
+            if not chance:
+                assert drawn is None
+                continue
+            row = (kind[:, 0] > 0) & (torch.arange(len(kind)) >= n_boot) & ~single
+            assert not drawn[~row].any() and drawn[row][kind[row] == 2].all()
+            share.append(drawn[row][kind[row] == 1].float())
+    share = torch.cat(share)
+    assert abs(share.mean() - 0.4) < 4 * (0.24 / len(share)) ** 0.5 and len(share) > 30
 
 
 def test_bootstrap_rows_come_in_after_their_share_of_the_steps(monkeypatch, workplace):

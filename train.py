@@ -78,6 +78,7 @@ class TrainConfig:
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
     relevant: float = 0.0       # share of the dynamics' rows that show a task being done
+    drawn: float = 0.0          # above 0: those rows as in a dream, with this share of their frames
     boot_after: float = 0.0     # share of the dynamics' steps before bootstrap rows come in
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
@@ -95,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_config("train", self, zero=("warmup", "value_first"),
-                     shares=("long_share", "relevant", "boot_after", "cooldown"))
+                     shares=("long_share", "relevant", "drawn", "boot_after", "cooldown"))
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
@@ -907,14 +908,21 @@ def train_dynamics(job):
     def loss_fn(rng, generator, step):
         rows, length = window(cfg, step, cfg.dynamics_steps)
         relevant = round(share * rows)
-        mixed = job.to_device(rng.permutation(rows))    # or no relevant row would have bootstrap
+        order = rng.permutation(rows)                   # or no relevant row would have bootstrap
+        mixed = job.to_device(order)
         batch, actions = ({k: x[mixed] for k, x in part.items()} for part in latent_batch(
             job, latents, rng, rows - relevant, relevant, length))
         single = draw_single(rows, rows, dynamics.cfg.single_images, rng, job)
-        boot = step >= cfg.boot_after * cfg.dynamics_steps  # before, it had itself to learn from
+        n_boot = round(dynamics.cfg.p_boot * rows)
+        n_boot *= step >= cfg.boot_after * cfg.dynamics_steps   # before, it'd learn from itself
+        drawn = None
+        if cfg.drawn and relevant:      # what happens, and some of what else, from nothing
+            dreams = (order >= rows - relevant) & (np.arange(rows) >= n_boot)
+            chance = job.to_device(rng.random((rows, length)) < cfg.drawn)
+            drawn = ((batch["events"].any(-1) | chance) & ~single[:, None]
+                     & job.to_device(dreams)[:, None])
         losses, _, metrics = dynamics_losses(dynamics, batch["z"], actions, batch["labelled"],
-                                             round(dynamics.cfg.p_boot * rows) * boot, generator,
-                                             single=single)
+                                             n_boot, generator, single=single, drawn=drawn)
         if (step + 1) % cfg.check_every == 0:
             metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
         return losses, metrics
