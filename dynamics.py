@@ -225,7 +225,8 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
 
     Rows [0, n_boot) draw coarse steps, rows [0, n_loss) take the dynamics loss (default: all), the
     last `context_level` rows are shown at the signal level of committed frames. drawn (B, T) bool:
-    rows with any such frame are as in a dream, those frames pure noise, the others committed.
+    rows with any such frame, all behind those that draw coarse steps, are as in a dream: those
+    frames pure noise, the others committed.
     Returns losses {"dynamics"}, h (B, T, D) or None, metrics by term, tau and d (nan: no frame).
     """
     cfg = model.cfg
@@ -237,7 +238,6 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     if drawn is not None:               # not in the paper: what happens, after a past that is known
         dreamed = drawn.any(1, keepdim=True)
         tau = torch.where(dreamed, torch.where(drawn, 0.0, model.tau_ctx), tau)
-        d = torch.where(dreamed, model.d_min, d)
     z0 = torch.randn(z1.shape, generator=generator, device=z1.device)
     z_tilde = corrupt(z0, z1, tau)
     z1_hat, h = model(z_tilde, tau, d, actions, labelled, task, single)
