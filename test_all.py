@@ -2379,6 +2379,7 @@ def test_every_stage_overfits_one_batch(monkeypatch, workplace, stage):
     (["--tokenizer.heads", "3"], "heads 3"), (["--dynamics.prediction", "y"], "'y'"),
     (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
     (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
+    (["--train.drawn", "0.2"], "train.relevant 0"),
     (["--stage", "dynamics", "--run", "/nowhere/new"], "nowhere")])
 def test_bad_flags_exit_2_with_one_line(flags, word, workplace, monkeypatch, capsys):
     """Fails if a bad flag or value gives a traceback, or an error that does not name it."""

@@ -78,7 +78,8 @@ class TrainConfig:
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
     relevant: float = 0.0       # share of the dynamics' rows that show a task being done
-    drawn: float = 0.0          # above 0: those rows as in a dream, with this share of their frames
+    drawn: float = 0.0          # above 0: those rows are as in a dream, pure noise where an event
+                                # is and at this share of the other frames, the rest committed
     boot_after: float = 0.0     # share of the dynamics' steps before bootstrap rows come in
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
@@ -100,6 +101,9 @@ class TrainConfig:
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
+        if self.drawn and not self.relevant:
+            raise UserError(f"Got train.drawn {self.drawn} and train.relevant 0, need rows that "
+                            "show a task being done: add --train.relevant.")
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
