@@ -220,24 +220,23 @@ class Dynamics(nn.Module):
 
 
 def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None, task=None,
-                    single=None, context_level=0, drawn=None):
+                    single=None, known=None, drawn=None):
     """One training step's losses: z1 (B, T, S_z, Z) clean latents.
 
-    Rows [0, n_boot) draw coarse steps, rows [0, n_loss) take the dynamics loss (default: all), the
-    last `context_level` rows are shown at the signal level of committed frames. drawn (B, T) bool:
-    rows with any such frame, all behind those that draw coarse steps, are as in a dream: those
-    frames pure noise, the others committed.
+    Rows [0, n_boot) draw coarse steps, rows [0, n_loss) take the dynamics loss (default: all).
+    known (B, T) bool: frames shown at the signal level of committed ones. drawn (B, T) bool: frames
+    to draw from nothing, pure noise (coarse steps keep their level, on the way to the frame); no
+    frame of such a row is weighed by the ramp.
     Returns losses {"dynamics"}, h (B, T, D) or None, metrics by term, tau and d (nan: no frame).
     """
     cfg = model.cfg
     B, T = z1.shape[:2]
     n = B if n_loss is None else n_loss
     tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, generator, z1.device)
-    tau[B - context_level:], d[B - context_level:] = model.tau_ctx, model.d_min
-    dreamed = torch.zeros(B, 1, dtype=torch.bool, device=z1.device)
-    if drawn is not None:               # not in the paper: what happens, after a past that is known
-        dreamed = drawn.any(1, keepdim=True)
-        tau = torch.where(dreamed, torch.where(drawn, 0.0, model.tau_ctx), tau)
+    if known is not None:
+        tau, d = torch.where(known, model.tau_ctx, tau), torch.where(known, model.d_min, d)
+    if drawn is not None:               # not in the paper: rows as in a dream
+        tau[n_boot:] = torch.where(drawn, 0.0, tau)[n_boot:]
     z0 = torch.randn(z1.shape, generator=generator, device=z1.device)
     z_tilde = corrupt(z0, z1, tau)
     z1_hat, h = model(z_tilde, tau, d, actions, labelled, task, single)
@@ -251,7 +250,9 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     error = torch.cat([shortcut_loss(g, z1_hat[s], z_tilde[s], z1[s], tau[s], d[s], model.d_min,
                                      cfg.loss_space) for g, s in halves if s.stop > s.start])
     tau, d = tau[:n], d[:n]
-    weighted = torch.where(dreamed[:n], error, error * ramp_weight(tau)) if cfg.ramp else error
+    weighted = error * ramp_weight(tau) if cfg.ramp else error
+    if drawn is not None:
+        weighted = torch.where(drawn[:n].any(1, keepdim=True), error, weighted)
     fine = d == model.d_min
     with torch.no_grad():               # the table that explains the method: error by tau and d
         mean = lambda x, frames: (x * frames).sum() / frames.sum()

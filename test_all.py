@@ -1007,8 +1007,8 @@ def test_dream_keeps_one_frame_per_commit():
 
 
 def test_dynamics_loss_rows():
-    """Fails if rows outside the dynamics loss leak gradient into it, context-level rows are not
-    at tau_ctx, or the bootstrap rows are not the first ones."""
+    """Fails if rows outside the dynamics loss leak gradient into it, known frames are not at
+    tau_ctx and d_min, or the bootstrap rows are not the first ones."""
     model = tiny_dynamics()
     z, actions, labelled = play_inputs(6, 4)
     seen = []
@@ -1016,7 +1016,8 @@ def test_dynamics_loss_rows():
     z.requires_grad_(True)
     losses, h, metrics = dynamics_losses(model, z, actions, labelled, 2,
                                          torch.Generator().manual_seed(0), 4,
-                                         torch.zeros(6, 4, dtype=torch.long), context_level=2)
+                                         torch.zeros(6, 4, dtype=torch.long),
+                                         known=(torch.arange(6) >= 4)[:, None])
     handle.remove()
     losses["dynamics"].backward()
     assert z.grad[4:].abs().max() == 0 and z.grad[:4].abs().amax((1, 2, 3)).min() > 0
@@ -1026,7 +1027,7 @@ def test_dynamics_loss_rows():
     seen.clear()                        # the literal paper: bootstrap in all rows
     handle = model.register_forward_hook(lambda m, args, out: seen.append(args))
     dynamics_losses(model, z, actions, labelled, 6, torch.Generator().manual_seed(0),
-                    context_level=4)
+                    known=(torch.arange(6) >= 2)[:, None])
     handle.remove()
     tau, d = seen[0][1:3]
     assert (d[2:] == model.d_min).all() and (tau[2:] == model.tau_ctx).all()
@@ -1034,31 +1035,34 @@ def test_dynamics_loss_rows():
 
 
 def test_rows_as_in_a_dream_show_a_known_past_and_draw_from_nothing(monkeypatch):
-    """Fails if in a row with drawn frames any of those is shown more than noise, any other frame
-    not at the level of committed ones, one isn't at d_min, an error there is weighed by the ramp,
-    or a row without drawn frames changes."""
+    """Fails if in a row with drawn frames any of those is shown more than noise (in a row with
+    bootstrap: not at its own level and step), any known frame not at the level of committed ones, an
+    error there is weighed by the ramp, or a row without drawn frames changes."""
     model, seen = tiny_dynamics(), []
     drawn = torch.zeros(6, 4, dtype=torch.bool)
-    drawn[3, 1] = drawn[5, 2:] = True
-    run = lambda drawn, seed=0: dynamics_losses(model, *play_inputs(6, 4), 2,
-                                                torch.Generator().manual_seed(seed), drawn=drawn)
+    drawn[1, 2:] = drawn[3, 1] = drawn[5, 2:] = True
+    known = drawn.any(1, keepdim=True) & ~drawn
+    run = lambda *how: dynamics_losses(model, *play_inputs(6, 4), 2,
+                                       torch.Generator().manual_seed(3), None, None, None, *how)
     handle = model.register_forward_hook(lambda m, args, out: seen.append(args))
-    run(None), run(drawn)
+    run(), run(known, drawn)
     handle.remove()
     (z, tau, d), (z_drawn, tau_drawn, d_drawn) = (args[:3] for args in (seen[0], seen[3]))
-    rows = torch.tensor([3, 5])
+    rows, others, boot = torch.tensor([3, 5]), torch.tensor([0, 2, 4]), 1
     assert (d_drawn[rows] == model.d_min).all()
     assert torch.equal(tau_drawn[rows], torch.where(drawn[rows], 0.0, model.tau_ctx))
-    others = torch.tensor([0, 1, 2, 4])
     assert torch.equal(tau_drawn[others], tau[others]) and torch.equal(d_drawn[others], d[others])
     assert torch.equal(z_drawn[others], z[others]) and not torch.equal(z_drawn[rows], z[rows])
-    generator = torch.Generator().manual_seed(0)
+    assert (tau_drawn[boot, :2] == model.tau_ctx).all() and (d_drawn[boot, :2] == model.d_min).all()
+    assert torch.equal(tau_drawn[boot, 2:], tau[boot, 2:]) and tau[boot, 2:].any()
+    assert torch.equal(d_drawn[boot, 2:], d[boot, 2:]) and (d[boot, 2:] > model.d_min).all()
+    generator = torch.Generator().manual_seed(3)
     sample_tau_d(6, 4, model.cfg.k_max, 2, generator)
     noise = torch.randn(z.shape, generator=generator)
-    assert torch.equal(z_drawn[drawn], noise[drawn])                # nothing of the frame is left
+    assert torch.equal(z_drawn[rows][drawn[rows]], noise[rows][drawn[rows]])   # nothing is left
     monkeypatch.setattr("dynamics.shortcut_loss", lambda f, z, *_: torch.ones(z.shape[:2]))
     weights = torch.where(drawn.any(1, keepdim=True), 1.0, 0.9 * tau + 0.1)
-    assert torch.isclose(run(drawn)[0]["dynamics"], weights.mean())
+    assert torch.isclose(run(known, drawn)[0]["dynamics"], weights.mean())
 
 
 def test_errors_are_told_apart_by_signal_level_and_step_size(monkeypatch):
@@ -2246,8 +2250,9 @@ def test_half_of_the_dynamics_rows_show_a_task_being_done(monkeypatch, workplace
 
 
 def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
-    """Fails if --train.drawn leaves the frame of an event out, reaches a row with bootstrap, from
-    anywhere or of separate images, or draws another share of the other frames."""
+    """Fails if --train.drawn leaves the frame of an event out, reaches a row from anywhere or of
+    separate images, leaves one with bootstrap out, draws another share of the other frames, or
+    doesn't show the rest as known."""
     seen = []
 
     def marked(job, latents, rng, uniform, relevant, *rest, real=train.latent_batch, **named):
@@ -2256,10 +2261,9 @@ def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
         batch["z"][uniform:] = 1 + batch["events"][uniform:].any(-1)[..., None, None]
         return batch, actions
 
-    def noted(model, z, actions, labelled, n_boot, *rest, real=train.dynamics_losses, single=None,
-              drawn=None, **named):
-        seen.append((z[..., 0, 0], n_boot, single, drawn))
-        return real(model, z, actions, labelled, n_boot, *rest, single=single, drawn=drawn, **named)
+    def noted(model, z, *rest, real=train.dynamics_losses):
+        seen.append((z[..., 0, 0], *rest[-3:]))
+        return real(model, z, *rest)
 
     monkeypatch.setattr(train, "latent_batch", marked)
     monkeypatch.setattr(train, "dynamics_losses", noted)
@@ -2269,12 +2273,13 @@ def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
         seen.clear()
         train_here(monkeypatch, workplace, "--run", "drawn", "--stage", "dynamics", "--resume",
                    "no", "--train.relevant", "0.5", "--dynamics.single_images", "0.3", *flags)
-        for kind, n_boot, single, drawn in seen:
+        for kind, single, known, drawn in seen:
             if not chance:
-                assert drawn is None
+                assert drawn is None and known is None
                 continue
-            row = (kind[:, 0] > 0) & (torch.arange(len(kind)) >= n_boot) & ~single
+            row = (kind[:, 0] > 0) & ~single
             assert not drawn[~row].any() and drawn[row][kind[row] == 2].all()
+            assert torch.equal(known, row[:, None] & ~drawn)
             share.append(drawn[row][kind[row] == 1].float())
     share = torch.cat(share)
     assert abs(share.mean() - 0.1) < 4 * (0.09 / len(share)) ** 0.5 and len(share) > 30

@@ -78,7 +78,7 @@ class TrainConfig:
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
     relevant: float = 0.0       # share of the dynamics' rows that show a task being done
-    drawn: float = 0.0          # above 0: those rows are as in a dream, pure noise where an event
+    drawn: float = 0.0          # above 0: those rows are as in a dream, from nothing where an event
                                 # is and at this share of the other frames, the rest committed
     boot_after: float = 0.0     # share of the dynamics' steps before bootstrap rows come in
     imagine_batch: int = 64
@@ -919,14 +919,14 @@ def train_dynamics(job):
         single = draw_single(rows, rows, dynamics.cfg.single_images, rng, job)
         n_boot = round(dynamics.cfg.p_boot * rows)
         n_boot *= step >= cfg.boot_after * cfg.dynamics_steps   # before, it'd learn from itself
-        drawn = None
+        known = drawn = None
         if cfg.drawn and relevant:      # what happens, and some of what else, from nothing
-            dreams = (order >= rows - relevant) & (np.arange(rows) >= n_boot)
+            dreams = (job.to_device(order >= rows - relevant) & ~single)[:, None]
             chance = job.to_device(rng.random((rows, length)) < cfg.drawn)
-            drawn = ((batch["events"].any(-1) | chance) & ~single[:, None]
-                     & job.to_device(dreams)[:, None])
+            drawn = dreams & (batch["events"].any(-1) | chance)
+            known = dreams & ~drawn
         losses, _, metrics = dynamics_losses(dynamics, batch["z"], actions, batch["labelled"],
-                                             n_boot, generator, single=single, drawn=drawn)
+                                             n_boot, generator, None, None, single, known, drawn)
         if (step + 1) % cfg.check_every == 0:
             metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
         return losses, metrics
@@ -964,11 +964,15 @@ def train_agent(job):
         batch, actions = latent_batch(job, latents, rng, uniform, relevant, length, None,
                                       agent.cfg.ladder * climbs)
         single = draw_single(uniform, rows, dynamics.cfg.single_images, rng, job)
+        order = torch.arange(rows, device=job.device)
+        is_relevant = order >= uniform
+        known = None
+        if agent.cfg.bc_level == "context":
+            known = (order >= uniform - uniform // 4)[:, None]      # as the policy will act
         losses, h, metrics = dynamics_losses(
             dynamics, batch["z"], actions, batch["labelled"],
             round(dynamics.cfg.p_boot * uniform), generator, uniform, agent.prompt(batch["task"]),
-            single, relevant + uniform // 4 if agent.cfg.bc_level == "context" else 0)
-        is_relevant = torch.arange(rows, device=job.device) >= uniform
+            single, known)
         more, more_metrics = agent_losses(agent, h, actions, batch["labelled"], batch["task"],
                                           batch["events"], batch["continues"], is_relevant)
         if not agent.cfg.pretrained:
