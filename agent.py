@@ -40,6 +40,7 @@ class AgentConfig:
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
     k: int = 0                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
+    finest: bool = False        # True: they are told the finest step, which knows a context best
     once: bool = True           # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95
@@ -297,6 +298,7 @@ def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, genera
     """
     dream = (dream or Dream)(dynamics, generator)
     dream.corrupt, dream.k = agent.cfg.corrupt, agent.cfg.k or dream.k
+    dream.d_label = dynamics.d_min if agent.cfg.finest else dream.d_label
     hs, chosen, frames = [dream.commit(z, actions, labelled, task)[:, -1]], [], []
     for _ in range(horizon):
         action = {k: x[:, None] for k, x in agent.act(hs[-1], generator).items()}

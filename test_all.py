@@ -1445,21 +1445,21 @@ def test_ablations_of_imagination_change_what_they_name():
     assert torch.equal(imagine_with(horizon=1, corrupt=False)[0][:, 0], hs[0][:, -1])
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_practice_may_take_another_number_of_sampling_steps(k):
+@pytest.mark.parametrize("k, finest", [(1, False), (4, False), (1, True), (4, True)])
+def test_practice_may_take_other_sampling_steps(k, finest):
     """Fails if agent.k is not the number of sampling steps of imagined frames, or 0 is not the
-    dynamics' own."""
+    dynamics' own; or if agent.finest doesn't tell them the finest step."""
     z, actions, labelled = play_inputs(4, 3)
     task, model = torch.ones(4, 3, dtype=torch.long), tiny_dynamics()
     assert model.cfg.k == 4
     calls, forward = [], model.forward
     model.forward = lambda *args, **kw: calls.append(args[2].flatten()[0].item()) or forward(
         *args, **kw)
-    imagine_rollout(model, tiny_agent(k=k), z, actions, labelled, task, 1,
+    imagine_rollout(model, tiny_agent(k=k, finest=finest), z, actions, labelled, task, 1,
                     torch.Generator().manual_seed(1))
-    assert calls == [1 / 8] + k * [1 / k] + [1 / 8]       # context, k steps of 1 / k, commit
-    h, same = imagine_with(k=k)[0], imagine_with()[0]
-    assert torch.equal(h, same) == (k == 4)
+    assert calls == [1 / 8] + k * [1 / 8 if finest else 1 / k] + [1 / 8]    # context, k, commit
+    h, same = imagine_with(k=k, finest=finest)[0], imagine_with()[0]
+    assert torch.equal(h, same) == (k == 4 and not finest)
 
 
 def test_advantage_objective_against_a_loop():
@@ -2206,7 +2206,8 @@ TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference
 --agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
 --train.batch 6 --train.length 6 --train.long_length 12 --train.imagine_batch 4
 --train.tokenizer_steps 8 --train.dynamics_steps 8 --train.agent_steps 8 --train.imagine_steps 8
---train.value_first 2 --train.compile false --train.log_every 4 --train.save_every 3""".split()
+--train.relevant 0 --train.boot_after 0 --train.value_first 2 --train.compile false
+--train.log_every 4 --train.save_every 3""".split()
 
 
 @pytest.fixture(scope="module")
@@ -2269,10 +2270,11 @@ def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
     monkeypatch.setattr(train, "dynamics_losses", noted)
     train_here(monkeypatch, workplace, "--run", "drawn", "--stage", "tokenizer")
     share = []
-    for flags, chance in ((), 0), (("--train.drawn", "0.1"), 0.1):
+    for chance in 0, 0.1:
         seen.clear()
         train_here(monkeypatch, workplace, "--run", "drawn", "--stage", "dynamics", "--resume",
-                   "no", "--train.relevant", "0.5", "--dynamics.single_images", "0.3", *flags)
+                   "no", "--train.relevant", "0.5", "--dynamics.single_images", "0.3",
+                   "--train.drawn", str(chance))
         for kind, single, known, drawn in seen:
             if not chance:
                 assert drawn is None and known is None
@@ -2384,7 +2386,6 @@ def test_every_stage_overfits_one_batch(monkeypatch, workplace, stage):
     (["--tokenizer.heads", "3"], "heads 3"), (["--dynamics.prediction", "y"], "'y'"),
     (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
     (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
-    (["--train.drawn", "0.2"], "train.relevant 0"),
     (["--stage", "dynamics", "--run", "/nowhere/new"], "nowhere")])
 def test_bad_flags_exit_2_with_one_line(flags, word, workplace, monkeypatch, capsys):
     """Fails if a bad flag or value gives a traceback, or an error that does not name it."""

@@ -136,7 +136,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "tokenizer.decoder_layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
                  "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
                  "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6, "agent.k": 1,
-                 "train.cooldown": 0.65, "agent.ladder": 0.5,
+                 "agent.finest": True, "agent.ladder": 0.5, "train.cooldown": 0.65,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 5000,
                  "train.agent_steps": 2400, "train.imagine_steps": 900,
                  "data.eval_episodes": 200},
