@@ -2206,8 +2206,7 @@ TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference
 --agent.hidden 16 --agent.mtp 2 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2
 --train.batch 6 --train.length 6 --train.long_length 12 --train.imagine_batch 4
 --train.tokenizer_steps 8 --train.dynamics_steps 8 --train.agent_steps 8 --train.imagine_steps 8
---train.relevant 0 --train.boot_after 0 --train.value_first 2 --train.compile false
---train.log_every 4 --train.save_every 3""".split()
+--train.value_first 2 --train.compile false --train.log_every 4 --train.save_every 3""".split()
 
 
 @pytest.fixture(scope="module")
@@ -2386,6 +2385,7 @@ def test_every_stage_overfits_one_batch(monkeypatch, workplace, stage):
     (["--tokenizer.heads", "3"], "heads 3"), (["--dynamics.prediction", "y"], "'y'"),
     (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
     (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
+    (["--train.drawn", "0.2"], "train.relevant 0"),
     (["--stage", "dynamics", "--run", "/nowhere/new"], "nowhere")])
 def test_bad_flags_exit_2_with_one_line(flags, word, workplace, monkeypatch, capsys):
     """Fails if a bad flag or value gives a traceback, or an error that does not name it."""

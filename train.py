@@ -77,11 +77,10 @@ class TrainConfig:
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth is long only
-    relevant: float = 0.6       # 0: share of the dynamics' rows that show a task being done
-    drawn: float = 0.25         # 0: each frame at a level of its own; above 0 those rows are as in
-                                # a dream: from nothing where an event is and at this share of the
-                                # other frames, the rest committed
-    boot_after: float = 0.6     # 0: share of the dynamics' steps before bootstrap rows come in
+    relevant: float = 0.0       # share of the dynamics' rows that show a task being done
+    drawn: float = 0.0          # above 0: those rows are as in a dream, from nothing where an event
+                                # is and at this share of the other frames, the rest committed
+    boot_after: float = 0.0     # share of the dynamics' steps before bootstrap rows come in
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
@@ -102,6 +101,9 @@ class TrainConfig:
         for name in ("tokenizer_batch", "batch", "length", "imagine_batch"):
             if getattr(self, name) < 2:
                 raise UserError(f"Got train.{name} {getattr(self, name)}, need at least 2.")
+        if self.drawn and not self.relevant:
+            raise UserError(f"Got train.drawn {self.drawn} and train.relevant 0, need rows that "
+                            "show a task being done: add --train.relevant, or --train.drawn 0.")
 
 
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
@@ -137,6 +139,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
                  "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6, "agent.k": 1,
                  "agent.finest": True, "agent.ladder": 0.5, "train.cooldown": 0.65,
+                 "train.relevant": 0.6, "train.drawn": 0.25, "train.boot_after": 0.6,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 5000,
                  "train.agent_steps": 2400, "train.imagine_steps": 900,
                  "data.eval_episodes": 200},
@@ -154,7 +157,6 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                   "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
                   "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
                   "agent.context": 32, "agent.horizon": 15, "agent.gamma": 0.997,
-                  "train.relevant": 0.0, "train.drawn": 0.0, "train.boot_after": 0.0,
                   "train.lr_policy": 5e-4, "train.batch": 16, "train.length": 32,
                   "train.long_length": 128, "train.imagine_batch": 64,
                   "train.tokenizer_steps": 100000, "train.dynamics_steps": 200000,
@@ -173,7 +175,6 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
               "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
-              "train.relevant": 0.0, "train.drawn": 0.0, "train.boot_after": 0.0,
               "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
