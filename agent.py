@@ -40,7 +40,7 @@ class AgentConfig:
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
     k: int = 0                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
-    finest: bool = False        # True: they are told the finest step, which knows a context best
+    finest: bool = False        # True: told the finest step in these, which knows a context best
     once: bool = True           # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95

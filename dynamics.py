@@ -224,9 +224,9 @@ def dynamics_losses(model, z1, actions, labelled, n_boot, generator, n_loss=None
     """One training step's losses: z1 (B, T, S_z, Z) clean latents.
 
     Rows [0, n_boot) draw coarse steps, rows [0, n_loss) take the dynamics loss (default: all).
-    known (B, T) bool: frames shown at the signal level of committed ones. drawn (B, T) bool: frames
-    to draw from nothing, pure noise (coarse steps keep their level, on the way to the frame); no
-    frame of such a row is weighed by the ramp.
+    known (B, T) or (B, 1) bool: frames shown at the signal level of committed ones. drawn (B, T)
+    bool: frames to draw from nothing, pure noise (in rows [0, n_boot) at the level and step drawn
+    for them); no frame of such a row is weighed by the ramp.
     Returns losses {"dynamics"}, h (B, T, D) or None, metrics by term, tau and d (nan: no frame).
     """
     cfg = model.cfg

@@ -1043,7 +1043,7 @@ def test_rows_as_in_a_dream_show_a_known_past_and_draw_from_nothing(monkeypatch)
     drawn[1, 2:] = drawn[3, 1] = drawn[5, 2:] = True
     known = drawn.any(1, keepdim=True) & ~drawn
     run = lambda *how: dynamics_losses(model, *play_inputs(6, 4), 2,
-                                       torch.Generator().manual_seed(3), None, None, None, *how)
+                                       torch.Generator().manual_seed(9), None, None, None, *how)
     handle = model.register_forward_hook(lambda m, args, out: seen.append(args))
     run(), run(known, drawn)
     handle.remove()
@@ -1055,8 +1055,10 @@ def test_rows_as_in_a_dream_show_a_known_past_and_draw_from_nothing(monkeypatch)
     assert torch.equal(z_drawn[others], z[others]) and not torch.equal(z_drawn[rows], z[rows])
     assert (tau_drawn[boot, :2] == model.tau_ctx).all() and (d_drawn[boot, :2] == model.d_min).all()
     assert torch.equal(tau_drawn[boot, 2:], tau[boot, 2:]) and tau[boot, 2:].any()
-    assert torch.equal(d_drawn[boot, 2:], d[boot, 2:]) and (d[boot, 2:] > model.d_min).all()
-    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(d_drawn[boot, 2:], d[boot, 2:])
+    fine = d[boot, 2:] == model.d_min
+    assert fine.sum() == 1 and tau[boot, 2:][fine] > 0          # of either kind
+    generator = torch.Generator().manual_seed(9)
     sample_tau_d(6, 4, model.cfg.k_max, 2, generator)
     noise = torch.randn(z.shape, generator=generator)
     assert torch.equal(z_drawn[rows][drawn[rows]], noise[rows][drawn[rows]])   # nothing is left
@@ -1445,19 +1447,21 @@ def test_ablations_of_imagination_change_what_they_name():
     assert torch.equal(imagine_with(horizon=1, corrupt=False)[0][:, 0], hs[0][:, -1])
 
 
-@pytest.mark.parametrize("k, finest", [(1, False), (4, False), (1, True), (4, True)])
-def test_practice_may_take_other_sampling_steps(k, finest):
+@pytest.mark.parametrize("k, finest, label", [
+    (1, False, "own"), (4, False, "own"), (1, True, "own"), (4, True, "own"), (4, False, "min")])
+def test_practice_may_take_other_sampling_steps(k, finest, label):
     """Fails if agent.k is not the number of sampling steps of imagined frames, or 0 is not the
-    dynamics' own; or if agent.finest doesn't tell them the finest step."""
+    dynamics' own; if agent.finest doesn't tell them the finest step, or undoes the dynamics'."""
     z, actions, labelled = play_inputs(4, 3)
-    task, model = torch.ones(4, 3, dtype=torch.long), tiny_dynamics()
+    task, model = torch.ones(4, 3, dtype=torch.long), tiny_dynamics(d_label=label)
     assert model.cfg.k == 4
     calls, forward = [], model.forward
     model.forward = lambda *args, **kw: calls.append(args[2].flatten()[0].item()) or forward(
         *args, **kw)
     imagine_rollout(model, tiny_agent(k=k, finest=finest), z, actions, labelled, task, 1,
                     torch.Generator().manual_seed(1))
-    assert calls == [1 / 8] + k * [1 / 8 if finest else 1 / k] + [1 / 8]    # context, k, commit
+    told = 1 / 8 if finest or label == "min" else 1 / k
+    assert calls == [1 / 8] + k * [told] + [1 / 8]                  # context, k steps, commit
     h, same = imagine_with(k=k, finest=finest)[0], imagine_with()[0]
     assert torch.equal(h, same) == (k == 4 and not finest)
 
@@ -2284,6 +2288,30 @@ def test_relevant_rows_as_in_a_dream(monkeypatch, workplace):
             share.append(drawn[row][kind[row] == 1].float())
     share = torch.cat(share)
     assert abs(share.mean() - 0.1) < 4 * (0.09 / len(share)) ** 0.5 and len(share) > 30
+
+
+def test_the_agent_stage_shows_rows_as_the_policy_will_see_them(monkeypatch, workplace):
+    """Fails if relevant rows, or a quarter of the uniform ones, aren't shown as known, any other
+    row is, or --agent.bc_level uniform shows any so."""
+    seen = []
+
+    def noted(model, z, *rest, real=train.dynamics_losses):
+        seen.append((len(z), rest[4], rest[7]))
+        return real(model, z, *rest)
+
+    monkeypatch.setattr(train, "dynamics_losses", noted)
+    for stage in "tokenizer", "dynamics":
+        train_here(monkeypatch, workplace, "--run", "known", "--stage", stage)
+    for level in "context", "uniform":
+        seen.clear()
+        train_here(monkeypatch, workplace, "--run", "known", "--stage", "agent", "--resume", "no",
+                   "--train.batch", "16", "--agent.bc_level", level)
+        for rows, uniform, known in seen:
+            assert uniform < rows and (known is None) == (level == "uniform")
+            if known is not None:
+                first = uniform - uniform // 4
+                assert known[:, 0].tolist() == [i >= first for i in range(rows)]
+        assert any(uniform // 4 for _, uniform, _ in seen)
 
 
 def test_bootstrap_rows_come_in_after_their_share_of_the_steps(monkeypatch, workplace):
