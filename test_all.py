@@ -1036,8 +1036,8 @@ def test_dynamics_loss_rows():
 
 def test_rows_as_in_a_dream_show_a_known_past_and_draw_from_nothing(monkeypatch):
     """Fails if in a row with drawn frames any of those is shown more than noise (in a row with
-    bootstrap: not at its own level and step), any known frame not at the level of committed ones, an
-    error there is weighed by the ramp, or a row without drawn frames changes."""
+    bootstrap: not at its own level and step), any known frame not at the level of committed ones,
+    an error there is weighed by the ramp, or a row without drawn frames changes."""
     model, seen = tiny_dynamics(), []
     drawn = torch.zeros(6, 4, dtype=torch.bool)
     drawn[1, 2:] = drawn[3, 1] = drawn[5, 2:] = True
