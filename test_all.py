@@ -540,6 +540,33 @@ def test_cache_equals_full_forward(dense):
         assert torch.allclose(torch.cat(out, 1), full, atol=1e-5), sizes
 
 
+def test_a_short_past_has_a_short_ring():
+    """Fails if a ring that grows loses, moves or invents a frame, doesn't grow up to the context
+    alone, or a fork's, or that of rows replayed at a later start, differs."""
+    cfg = TokenizerConfig(dim=16, heads=4, kv_heads=2, context=20, time_every=2)
+    model, mask = randomize(Transformer(cfg, 2)), reader_mask(3, 1)
+    x = torch.randn(2, 44, 4, 16, generator=torch.Generator().manual_seed(0))
+    full = model(x, mask)
+    for sizes in ([1] * 44, [15, 1, 1, 1, 12, 1, 13], [8, 5, 3, 1, 1, 1, 24, 1]):
+        cache, out = Cache(20), []
+        for part in x.split(sizes, 1):
+            out.append(model(part, mask, cache))
+            cache.advance(part.shape[1])
+            length = cache.layers[1][0].shape[-3]
+            assert length == min(20, 16 * math.ceil(cache.t / 16)), cache.t
+            if cache.t < 44:
+                twin = model(x[:, cache.t:cache.t + 1], mask, cache.fork(1))
+                assert torch.allclose(twin, full[:, cache.t:cache.t + 1], atol=1e-5), cache.t
+        assert torch.allclose(torch.cat(out, 1), full, atol=1e-5), sizes
+    cache, late = Cache(20), Cache(20, 7)           # 7 frames later: rows that are replayed
+    model(x[:, :18], mask, cache), cache.advance(18)
+    model(x[:, 7:18], mask, late), late.advance(11)
+    cache.copy_rows(torch.arange(2), late)
+    alone = model(x[:, 7:19], mask)[:, -1:]
+    late.start = cache.start = 7
+    assert torch.allclose(model(x[:, 18:19], mask, cache), alone, atol=1e-5)
+
+
 def test_single_images_see_only_themselves_in_time():
     """Fails if rows flagged as single images attend to other frames."""
     cfg = TokenizerConfig(dim=16, heads=4, kv_heads=2, context=4, time_every=2)

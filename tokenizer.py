@@ -71,11 +71,16 @@ class Cache:
     """Keys and values of the time layers for the last `context` frames, as a ring.
 
     A forward of one frame writes into the slot of frame `t`, and only `advance` moves on: the K
-    denoising passes of a frame overwrite each other, and the commit pass is what stays.
+    denoising passes of a frame overwrite each other, and the commit pass is what stays. A short
+    past has a short ring: it grows with the frames until it is `context` slots long.
     """
 
     def __init__(self, context, t=0):
         self.context, self.start, self.t, self.layers = context, t, t, {}
+
+    def slots(self, T):
+        """Length of the ring once T new frames are in it: some are added at a time."""
+        return min(self.context, -(-(self.t + T) // 16) * 16)
 
     def key_frames(self, T, device):
         """Frame indices of the keys that `put` returns beside T new frames. One frame gets the
@@ -83,15 +88,16 @@ class Cache:
         if T > 1:
             first = max(self.start, self.t - self.context)
             return torch.arange(first, self.t + T, device=device)
-        frames = self.t - (self.t - torch.arange(self.context, device=device)) % self.context
+        frames = self.t - (self.t - torch.arange(self.slots(1), device=device)) % self.context
         return frames.masked_fill(frames < self.start, self.t + 1)
 
     def put(self, layer, k, v):
         """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to attend to."""
         T, C, t = k.shape[-3], self.context, self.t
         held = torch.arange(max(self.start, t - C), t) % C      # slots of the frames before
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_zeros(*x.shape[:-3], C, *x.shape[-2:]) for x in (k, v)]
+        rings = self.layers.get(layer) or [x[..., :0, :, :] for x in (k, v)]
+        if (more := self.slots(T) - rings[0].shape[-3]) > 0:
+            self.layers[layer] = [F.pad(ring, (0, 0, 0, 0, 0, more)) for ring in rings]
         out = []
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
             if T == 1:                          # subtle: no slice of it, which would be copied
