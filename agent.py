@@ -39,8 +39,8 @@ class AgentConfig:
     practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
-    k: int = 0                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
-    finest: bool = False        # True: told the finest step in these, which knows a context best
+    k: int = 1                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
+    finest: bool = True         # told the finest step in these, which knows a context best
     once: bool = True           # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
     lam: float = 0.95

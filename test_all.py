@@ -1489,7 +1489,7 @@ def test_practice_may_take_other_sampling_steps(k, finest, label):
                     torch.Generator().manual_seed(1))
     told = 1 / 8 if finest or label == "min" else 1 / k
     assert calls == [1 / 8] + k * [told] + [1 / 8]                  # context, k steps, commit
-    h, same = imagine_with(k=k, finest=finest)[0], imagine_with()[0]
+    h, same = imagine_with(k=k, finest=finest)[0], imagine_with(k=0, finest=False)[0]
     assert torch.equal(h, same) == (k == 4 and not finest)
 
 

@@ -71,8 +71,8 @@ class TrainConfig:
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 2400
-    agent_steps: int = 2400
-    imagine_steps: int = 300
+    agent_steps: int = 3600
+    imagine_steps: int = 540
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
@@ -120,7 +120,7 @@ HEALTH = {      # metric: lowest and highest healthy value, likely cause outside
     "value_explained": (-0.5, np.inf, "value head does not follow the returns: --train.lr_value"),
     "positive_share": (0.05, 0.95, "nearly all actions count as good, or bad: --train.lr_value"),
 }
-TOKENIZER_SHARE = 0.22      # of the cpu preset's wall time, measured
+TOKENIZER_SHARE = 0.18      # of the cpu preset's wall time, measured
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
 PRESETS = {     # every preset starts from the defaults above, which are the cpu preset
@@ -137,9 +137,9 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                  "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.encoder_layers": 3,
                  "tokenizer.decoder_layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
                  "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
-                 "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6, "agent.k": 1,
-                 "agent.finest": True, "agent.ladder": 0.5, "train.cooldown": 0.65,
-                 "train.relevant": 0.6, "train.drawn": 0.25, "train.boot_after": 0.6,
+                 "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6,
+                 "agent.ladder": 0.5, "train.cooldown": 0.65, "train.relevant": 0.6,
+                 "train.drawn": 0.25, "train.boot_after": 0.6,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 5000,
                  "train.agent_steps": 2400, "train.imagine_steps": 900,
                  "data.eval_episodes": 200},
@@ -157,6 +157,7 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
                   "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
                   "dynamics.context": 96, "dynamics.k_max": 64, "agent.hidden": 512,
                   "agent.context": 32, "agent.horizon": 15, "agent.gamma": 0.997,
+                  "agent.k": 0, "agent.finest": False,
                   "train.lr_policy": 5e-4, "train.batch": 16, "train.length": 32,
                   "train.long_length": 128, "train.imagine_batch": 64,
                   "train.tokenizer_steps": 100000, "train.dynamics_steps": 200000,
@@ -174,7 +175,8 @@ PRESETS = {     # every preset starts from the defaults above, which are the cpu
               "dynamics.time_every": 4, "dynamics.heads": 16, "dynamics.kv_heads": 4,
               "dynamics.registers": 32, "dynamics.context": 192, "dynamics.k_max": 64,
               "dynamics.p_boot": 1.0, "dynamics.single_images": 0.3, "agent.bc_level": "uniform",
-              "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997,
+              "agent.hidden": 2048, "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0,
+              "agent.finest": False,
               "train.lr_policy": 5e-4, "train.length": 64, "train.long_length": 256,
               "train.tokenizer_length": 64, "train.lr_matrix": 1e-3, "train.lr": 2e-4,
               "train.warmup": 1000},
