@@ -3617,14 +3617,16 @@ def test_download_errors_are_one_line(tmp_path, monkeypatch):
 
 
 def test_minecraft_presets_on_the_meta_device():
-    """Fails if a preset can't be built, has not the paper's sizes, needs more than 80 GB by the
-    formula (`minecraft`), or the README's table says something else."""
+    """Fails if a preset can't be built, has not the paper's sizes or its practice with the
+    dynamics' own sampling steps, needs more than 80 GB by the formula (`minecraft`), or the
+    README's table says something else."""
     tables, readme = {}, (REPO / "README.md").read_text()
     for preset in ("paper", "minecraft"):
         _, configs = train.parse(["--preset", preset])
         tables[preset] = [[x.strip() for x in row.split("|")[1:-1]]
                           for row in train.sizes(configs).splitlines()[2:4]]
         assert all(f"| {' | '.join(row)} |" in readme for row in tables[preset])
+        assert (configs["agent"]["k"], configs["agent"]["finest"]) == (0, False)
     assert all(10 < float(row[6]) < 70 for row in tables["minecraft"])
     number = lambda i, j: float(tables["paper"][i][j].replace(",", ""))
     _, configs = train.parse(["--preset", "paper"])

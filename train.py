@@ -120,7 +120,7 @@ HEALTH = {      # metric: lowest and highest healthy value, likely cause outside
     "value_explained": (-0.5, np.inf, "value head does not follow the returns: --train.lr_value"),
     "positive_share": (0.05, 0.95, "nearly all actions count as good, or bad: --train.lr_value"),
 }
-TOKENIZER_SHARE = 0.18      # of the cpu preset's wall time, measured
+TOKENIZER_SHARE = 0.16      # of the cpu preset's wall time, measured
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
 PRESETS = {     # every preset starts from the defaults above, which are the cpu preset
