@@ -39,6 +39,7 @@ class AgentConfig:
     practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
+    temperature: float = 1.0    # of the imitated policy that practice starts from and stays near
     k: int = 1                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
     finest: bool = True         # told the finest step in these, which knows a context best
     once: bool = True           # a return ends with its task's event, as a prompt does
@@ -57,6 +58,8 @@ class AgentConfig:
                             ("objective", ("pmpo", "advantage")), ("practice", ("ladder", "all"))):
             if getattr(self, name) not in words:
                 raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of {words}.")
+        if not self.temperature:
+            raise UserError("Got agent.temperature 0, need float above 0.")
 
 
 # ------------------------------------------------------------------ symexp two-hot, the heads
@@ -177,6 +180,12 @@ class Agent(nn.Module):
 
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
+
+    def sharpen(self, temperature):
+        """From here on temperature 1 of policy and prior is what this temperature was before."""
+        with torch.no_grad():
+            for p in (*self.policy.out.parameters(), *self.prior.out.parameters()):
+                p /= temperature
 
     def act(self, h, generator=None, temperature=1.0):
         """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .).

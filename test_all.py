@@ -1493,6 +1493,21 @@ def test_practice_may_take_other_sampling_steps(k, finest, label):
     assert torch.equal(h, same) == (k == 4 and not finest)
 
 
+def test_practice_may_start_from_a_colder_policy():
+    """Fails if agent.sharpen is not the temperature of `act`, warms, or reaches but one of policy
+    and prior, or other heads."""
+    warm, cold = tiny_agent(), tiny_agent()
+    cold.load_state_dict(warm.state_dict())
+    cold.sharpen(0.5)
+    h, draw = torch.randn(50, 16), lambda: torch.Generator().manual_seed(2)
+    want = warm.act(h, draw(), 0.5)["categorical"]
+    assert torch.equal(cold.act(h, draw())["categorical"], want)
+    assert not torch.equal(warm.act(h, draw())["categorical"], want)        # control
+    assert torch.allclose(cold.prior(h), 2 * warm.prior(h), atol=1e-6)
+    assert torch.equal(cold.reward(h), warm.reward(h))
+    assert torch.equal(cold.value(h), warm.value(h))
+
+
 def test_advantage_objective_against_a_loop():
     """Fails if the ablation loses the sign, the size or the scale of the advantage, or the KL."""
     generator = torch.Generator().manual_seed(0)
@@ -3850,6 +3865,11 @@ def test_other_seeds_and_settings_on_the_same_base(finished, monkeypatch):
     asked = torch.tensor([0, 1])
     assert two.agent.prompt(asked).tolist() == [2, 2] and not two.agent.cfg.prompts
     assert one.agent.prompt(asked).tolist() == [0, 1]               # control
+    train_quietly(finished, "--run", "cold", "--base", "seed1", "--stage", "imagine",
+                  "--agent.temperature", "0.5", "--train.lr_policy", "0")   # starts, and stays
+    cold = load_run(finished / "runs/cold", "imagine").agent
+    assert torch.equal(cold.policy.out.weight, 2 * one.agent.policy.out.weight)
+    assert torch.equal(cold.prior.out.weight, 2 * one.agent.prior.out.weight)
     monkeypatch.chdir(finished)
     monkeypatch.setattr(play, "TEMPERATURES", (1.0, 0.5))
     words = ["eval", "--run", "runs/base", "--episodes", "3", "--length", "6", "--workers", "1",
@@ -4170,6 +4190,8 @@ FAULTS = {
     "negative seed": (None, (*NEW, "--seed", "-1"), "Got --seed -1, need a whole number from 0."),
     "long windows too short": (None, (*NEW, "--train.long_length", "8"),
                                "need more than dynamics.context 8"),
+    "no temperature": (None, (*NEW, "--agent.temperature", "0"),
+                       "Got agent.temperature 0, need float above 0."),
     "sampling steps never learned": (None, (*NEW, "--agent.k", "3"), "Got agent.k 3, need a power"),
     "sampling steps its dynamics never learned": (
         lambda w, r: [train_quietly(w, *base(s, "--dynamics.k_max", "8", "--resume", "no"))

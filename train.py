@@ -1001,6 +1001,7 @@ def train_imagine(job):
     made_of = weights_of(run)
     agent.cfg = AgentConfig(**job.configs["agent"])
     agent.policy.requires_grad_(True), agent.value.requires_grad_(True)
+    agent.sharpen(agent.cfg.temperature)
     cfg, context, horizon = job.train, agent.cfg.context, agent.cfg.horizon
     world = freeze(copy.deepcopy(dynamics), job.device, job.args.dtype)
     if cfg.compile:
