@@ -13,7 +13,6 @@ ladder score of sampled policies on unseen worlds, with 95 % intervals.
 
 import argparse
 import base64
-import collections
 import copy
 import dataclasses
 import functools
@@ -21,7 +20,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import socketserver
 import sys
@@ -41,17 +39,42 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from agent import (STAGES, Agent, AgentConfig, autocast, freeze, imagine_rollout, load_run,
-                   pick_device, pick_dtype, sample_action, split_logits)
-from data import (MOVES, ActionSpec, Dataset, UserError, VecEnv, branch_off, can_copy, controls,
-                  copy_env, finish_dataset, make_env, play_episode, read_json, record, rng_for,
-                  run_cli, work, write_episode, write_whole)
-from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses, euler_sample
-from tokenizer import Cache, Tokenizer, TokenizerConfig, reconstruction_loss
+from agent import (
+    STAGES,
+    autocast,
+    freeze,
+    imagine_rollout,
+    load_run,
+    pick_device,
+    pick_dtype,
+    sample_action,
+    split_logits,
+)
+from data import (
+    Dataset,
+    UserError,
+    VecEnv,
+    branch_off,
+    can_copy,
+    controls,
+    copy_env,
+    finish_dataset,
+    make_env,
+    play_episode,
+    ratio,
+    read_json,
+    record,
+    run_cli,
+    work,
+    write_episode,
+    write_whole,
+)
+from dynamics import Dream, euler_sample
+from envs.crafter import symbol_counts
+from tokenizer import Cache
 
 HORIZONS = (1, 4, 8, 16, 32, 64)
-REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, INTERACTION_SEED = 10_000, 20_000, 30_000, 40_000
-INTERACTIONS = 2            # version of the scripts and of how their contexts are chosen
+REFERENCE_SEED, VALIDATION_SEED, TEST_SEED = 10_000, 20_000, 30_000
 TEMPERATURES = (1.0, 0.75, 0.5, 0.3)
 FILM = 1000                 # most frames of an episode's GIF
 GREEN, ORANGE = (60, 170, 90), (240, 140, 20)           # borders: real, imagined
@@ -121,19 +144,6 @@ def reference_set(env, episodes=40, length=300, workers=0, path=""):
         return Dataset(path)
     path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
     return record(env, path, episodes, length, REFERENCE_SEED, workers)
-
-
-def interaction_set(env):
-    """Contexts and outcomes of scripted interactions, recorded at the first call."""
-    path = Path("datasets") / f"{env.replace(':', '_')}_interactions"
-    if not (path / "dataset.json").exists():
-        print(f"Recording interactions into {path}.")
-        record_interactions(env, path)
-    dataset = Dataset(path)
-    if dataset.settings.get("version") != INTERACTIONS:
-        raise UserError(f"Got interactions of older code in {path}, need today's to compare with: "
-                        "delete that folder, then the same command records it anew.")
-    return dataset
 
 
 def reference_clips(dataset, per_episode, length, device):
@@ -209,56 +219,6 @@ def ssim(x_hat, x):
              / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4)))
         out.append(s.mean((1, 2, 3)).view(-1, 3).mean(1))
     return torch.stack(out).cpu().numpy()
-
-
-# ------------------------------------------------------------------ symbols: does it obey the rules
-
-def in_sight(before, after):
-    """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be known,
-    bool (N, 9, 7): they lay open in the view of `before`; and what was there (N, 9, 7)."""
-    dx, dy = (after["probe_player"][:, 2:].astype(int)
-              - before["probe_player"][:, 2:]).T[:, :, None, None]
-    column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy         # (N, 9, 1), (N, 1, 7)
-    inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
-    was = before["probe_semantic"][np.arange(len(dx))[:, None, None], column.clip(0, 8),
-                                   row.clip(0, 6)]
-    terrain = lambda x: (x >= 1) & (x <= 12)
-    return inside & terrain(was) & terrain(after["probe_semantic"]), was
-
-
-def caused(change):
-    """Inventory changes (N, 16) that an action causes: items, and eating and drinking; health,
-    hunger, thirst and tiredness come by themselves."""
-    by_action = change != 0
-    by_action[:, [0, 3]] = False
-    by_action[:, 1:3] &= change[:, 1:3] > 0
-    return by_action
-
-
-def symbol_counts(reader, frames, before, after):
-    """Dreamed frames (N, H, W, 3) against the probes of the true ones (`after`) -> counts (N,).
-
-    before: probes of the last frame that the model was shown. Cells count in daylight only.
-    """
-    player = after["probe_player"]
-    texture, items, _ = reader.read(frames, player[:, 0] / 255, player[:, 1] > 0)
-    cells, true, old = reader.semantic[texture], after["probe_semantic"], before["probe_semantic"]
-    day = (player[:, 0] >= 128) & (player[:, 1] == 0) & (before["probe_player"][:, 1] == 0)
-    known = in_sight(before, after)[0] & day[:, None, None]
-    changed = known & (true != old)
-    total = lambda mask: mask.sum((1, 2))
-    change = after["probe_inventory"].astype(int) - before["probe_inventory"]
-    guess = items - before["probe_inventory"].astype(int)
-    real, dreamed = caused(change), caused(guess)
-    return {"known": total(known), "right": total(known & (cells == true)),
-            "right_repeat": total(known & (old == true)), "changed": total(changed),
-            "changed_right": total(changed & (cells == true)),
-            "hits": (real & dreamed & (change == guess)).sum(1),
-            "events": real.sum(1), "claims": dreamed.sum(1)}
-
-
-def ratio(a, b):
-    return np.sum(a) / max(np.sum(b), 1)
 
 
 def f1(hits, events, claims):
@@ -361,47 +321,6 @@ def read_probes(dataset, episode, start, length):
     return dataset.read(episode, start, length, names) if set(names) <= set(rows) else {}
 
 
-def in_cave(semantic):
-    """probe_semantic (..., 9, 7) -> bool (...): more than half is rock, ore, lava or path."""
-    return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
-
-
-@torch.no_grad()
-def evaluate_labels(runs, dataset, dtype="auto", per_episode=4, context=16, horizon=16):
-    """The paper's Figure 7: dreams of `horizon` frames by {name: run}, among them "none" (it has
-    learned no actions and is shown none) and "all" -> PSNR and SSIM of each as a share of the way
-    from "none" to "all", on all frames and on those in caves, and that gap."""
-    device = runs["all"].device
-    clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
-    real, where = clips["frames"][:, context:], clips["where"]
-    cave = in_cave(read_probes(dataset, *where, context + horizon)["probe_semantic"][:, context:])
-    scores, entries = {}, {}
-    for name, run in runs.items():
-        labelled = clips["labelled"] & (name != "none")
-        with autocast(device, dtype):
-            z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"].split(16)])
-            film = dream_clips(run, z, actions, labelled, horizon)[:, context:]
-        scores[name] = squared_error(film, real), ssim(film, real)
-    interval = functools.partial(bootstrap, block=per_episode)
-    average = lambda x, rows: (x * rows).sum() / rows.sum()
-    kinds = {"psnr": (0, lambda x, rows: -10 * np.log10(average(x, rows)), "dB"),
-             "ssim": (1, average, "ssim")}
-    for place, rows in (("", np.ones_like(cave)), ("_caves", cave)):
-        for measure, (i, mean, unit) in kinds.items():
-            value = {name: score[i] for name, score in scores.items()}
-            n, none, full = int(rows.sum()), value["none"], value["all"]
-            for name in runs:
-                entries[f"labels_{name}{place}_{measure}"] = *interval(
-                    mean, value[name], rows), n, unit
-            entries[f"labels_gap{place}_{measure}"] = *interval(
-                lambda x, y, r, mean=mean: mean(y, r) - mean(x, r), none, full, rows), n, unit
-            for name in set(runs) - {"none", "all"}:
-                entries[f"labels_{name}{place}_{measure}_share"] = *interval(
-                    lambda x, y, z, r, mean=mean: (mean(y, r) - mean(x, r))
-                    / (mean(z, r) - mean(x, r)), none, value[name], full, rows), n, "share"
-    return entries
-
-
 def symbol_entries(reader, shown, probes, context, interval):
     """Accuracy of what the dream shows: cells by horizon, and over all single steps ("next") cells
     and inventory; that of the reconstructions is as much as the tokenizer lets one see."""
@@ -449,323 +368,6 @@ def play_on(dataset, episode, start, context, actions):
     films = [film for seed in sorted(done) for film in done[seed]]
     order = np.argsort(np.argsort(episode, kind="stable"))
     return tuple(np.stack(x)[order] for x in zip(*films, strict=True))
-
-
-# -------------------------------------------------------------------- interactions (Section 4.2)
-
-def interactions(player):
-    """What can be tried from where a CrafterPlayer stands: {name: (script of action names, change
-    of the inventory, cells walked)}. The last two say what must come of it in the real game."""
-    me, world, rules, have = player.me, player.world, player.rules, player.have
-    ahead = np.array(me.facing)
-    side = np.array((-ahead[1], ahead[0]))
-    name = lambda v: MOVES[tuple(int(c) for c in v)]
-    F, B, D, U = map(name, (ahead, -ahead, side, -side))
-    cell = lambda x, y=0: world[me.pos + x * ahead + y * side]
-    free = lambda *cells: all(cell(*c)[0] in rules.walkable and not cell(*c)[1] for c in cells)
-    owns = lambda uses: all(have[k] >= n for k, n in uses.items())
-    material, thing = cell(1)
-    found, still, away = {}, (0, 0), tuple(ahead)
-    for move, action in MOVES.items():
-        there, creature = player.ahead(move)
-        if there in rules.walkable and not creature:
-            found[action.replace("move", "walk")] = [action], {}, move
-        if there == "water":
-            found["stopped_by_water"] = [action], {}, still
-    item, kind = {"tree": ("wood", "cut_a_tree"), "water": ("drink", "drink"),
-                  "stone": ("stone", "mine_stone")}.get(material, (material, "mine_ore"))
-    diggable = item in ("wood", "drink", "stone", "coal", "iron", "diamond")
-    if diggable and not thing and have[item] < 9 and (item == "drink" or player.can_dig(material)):
-        found[kind] = ["do"], {item: 1}, still
-    for item in ("stone", "table", "furnace"):
-        rule = rules.place[item]
-        if not thing and material in ("grass", "sand", "path") and owns(rule["uses"]):
-            found[f"place_{item}"] = ([f"place_{item}"],
-                                      {k: -n for k, n in rule["uses"].items()}, still)
-    for tool, rule in rules.make.items():
-        near = world.nearby(me.pos, 1)[0]
-        if owns(rule["uses"]) and set(rule["nearby"]) <= set(near) and not have[tool]:
-            kind = "make_a_pickaxe" if "pickaxe" in tool else "make_a_sword"
-            found[kind] = ([f"make_{tool}"],
-                           {tool: 1} | {k: -n for k, n in rule["uses"].items()}, still)
-    damage = max([1, *(n for n, k in ((2, "wood"), (3, "stone"), (5, "iron"))
-                       if have[f"{k}_sword"])])
-    if type(thing).__name__ == "Cow" and thing.health <= damage and have["food"] < 9:
-        found["eat_a_cow"] = ["do"], {"food": min(6, 9 - have["food"])}, still
-    if all(cell(i) == ("stone", None) for i in (1, 2, 3)) and player.can_dig("stone"):
-        found["tunnel"] = ["do", F] * 3, {"stone": min(3, 9 - have["stone"])}, tuple(3 * ahead)
-    if free((1,), (2,), (3,), (4,), (5,)):
-        found["look_away_and_back"] = [F] * 5 + [B] * 5, {}, still
-    if have["energy"] < 9 and world.daylight > 0.6:
-        found["sleep"] = ["sleep"] * 2, {}, still
-    stone = "place_stone"
-    if have["stone"] >= 3 and free((1,), (-1,), (-2,), (-3,)):
-        found["wall_of_three"] = ([stone, B, B, F, stone, B, B, F, stone], {"stone": -3},
-                                  tuple(-2 * ahead))
-    if have["stone"] >= 6 and free((1, 0), (-1, 0), (-2, 0), (-1, 1), (0, 1), (1, 1), (2, 1),
-                                   (-2, 2), (-1, 2), (0, 2), (1, 2)):
-        found["closed_ring"] = ([stone, B, B, F, stone, D, D, F, stone, B, B, F, stone, U, F, F,
-                                 stone, B, stone], {"stone": -6}, tuple(side))
-    return found
-
-
-def try_script(env, kind, script, gain, walked):
-    """Play a script in this copy of the real game -> [(frame, action, probe)], or None where a
-    creature, the night or a full pack spoils it, or where the last frame already looks right."""
-    names, items = env.spec.action_names, list(env.env._player.inventory)
-    before, rows, shows = env.probe(), [], []
-    for step in script:
-        action = env.spec.actions.zeros()
-        action["categorical"][0] = names.index(step)
-        frame, _, terminal = env.step(action)
-        rows.append((frame, action, env.probe()))
-        if terminal:
-            return None
-        pair = [{k: x[None] for k, x in probe.items()} for probe in (before, rows[-1][2])]
-        known = in_sight(*pair)[0]
-        shows.append(ratio(known & (pair[1]["probe_semantic"] != pair[0]["probe_semantic"]), known))
-    after = rows[-1][2]
-    change = dict(zip(items, after["probe_inventory"].astype(int) - before["probe_inventory"],
-                      strict=True))
-    right = all(change[k] == n for k, n in gain.items()) and not any(
-        change[k] for k in items[4:] if k not in gain)
-    there = tuple(after["probe_player"][2:].astype(int) - before["probe_player"][2:]) == walked
-    if kind == "stopped_by_water":      # moving would have looked different
-        axis = 0 if script[0] in ("move_left", "move_right") else 1
-        cells = np.moveaxis(before["probe_semantic"], axis, 0)
-        shows = [(cells[1:] != cells[:-1]).mean()]
-    visible = gain or kind == "sleep" or max(shows) > 0.2
-    return rows if right and there and visible and after["probe_player"][0] >= 128 else None
-
-
-def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=INTERACTION_SEED):
-    """Contexts of natural play in held-out worlds, each continued by the script of an interaction
-    in a copy of the real game: an episode each, `context` true frames and the script's."""
-    env, kinds = make_env(env_name), []
-    for w in tqdm(range(worlds), desc="interactions"):
-        env.reset(seed + w)
-        player = env.player(rng_for(seed, "interactions", w), ("skilled", "average")[w % 2])
-        rows, last = collections.deque(maxlen=context), {}
-        for step in range(400):
-            action = player.act()
-            frame, _, terminal = env.step(action)
-            rows.append((frame, action, env.probe()))
-            if terminal:
-                break
-            if len(rows) < context or player.me.sleeping or player.world.daylight < 0.5:
-                continue
-            for kind, plan in interactions(player).items():
-                if kinds.count(kind) >= each or step - last.get(kind, -50) < 50:
-                    continue                                # 50 steps apart: not one scene twice
-                if film := try_script(copy_env(env), kind, *plan):
-                    frames, actions, probes = zip(*rows, *film, strict=True)
-                    turn = lambda dicts: {k: [d[k] for d in dicts] for k in dicts[0]}
-                    write_episode(path, len(kinds), frames, turn(actions),
-                                  np.zeros((len(frames), len(env.spec.tasks))),
-                                  np.ones(len(frames)), None, turn(probes))
-                    kinds.append(kind)
-                    last[kind] = step
-    finish_dataset(path, env.spec, {"env": env_name, "kinds": kinds, "context": context,
-                                    "seed": seed, "version": INTERACTIONS})
-
-
-def judge(reader, kind, dreamed, real, before, after):
-    """Does a dreamed frame show the right outcome? (N, H, W, 3) twice and the probes of the last
-    frame shown and of the true outcome -> bool (N,). All of: the player as in the real frame, every
-    item's count right, every cell that was altered right, and 9 in 10 of the known cells."""
-    light, asleep = after["probe_player"][:, 0] / 255, after["probe_player"][:, 1] > 0
-    texture, items, _ = reader.read(dreamed, light, asleep)
-    player = texture[:, 4, 3] == reader.read(real, light, asleep)[0][:, 4, 3]
-    if kind == "sleep":                 # grey all over: more like sleep than like waking
-        costs = [reader.distances(dreamed, light, np.full(len(light), s)).min(-1).mean(-1)
-                 for s in (False, True)]
-        return player & (costs[1] < costs[0])
-    true = after["probe_inventory"].astype(int)
-    by_action = caused(true - before["probe_inventory"])
-    by_action[:, 4:] = True
-    known, was = in_sight(before, after)
-    right = reader.semantic[texture] == after["probe_semantic"]
-    altered = known & (was != after["probe_semantic"])
-    under = before["probe_semantic"].copy()             # a stone where the player stood before
-    under[:, 4, 3] = 2
-    placed = in_sight(before | {"probe_semantic": under}, after)[0] & (after["probe_semantic"] == 3)
-    altered |= placed & ~known
-    return (player & ((items == true) | ~by_action).all(1) & (right | ~altered).all((1, 2))
-            & ((known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))))
-
-
-@torch.no_grad()
-def evaluate_interactions(run, dataset, dtype="auto", picture=None):
-    """Share of contexts in which the dream shows what the script does in the real game, by kind."""
-    device, context = run.device, dataset.settings["context"]
-    reader, kinds = reader_of(dataset), np.array(dataset.settings["kinds"])
-    entries, strips, passed = {}, [], {}
-    for kind in sorted(set(kinds)):
-        rows = np.flatnonzero(kinds == kind)
-        length = int(dataset.lengths[rows[0]])
-        where = rows, np.zeros(len(rows), int)
-        clips, actions = to_tensors(dataset.read(*where, length), device)
-        probes = read_probes(dataset, *where, length)
-        at = lambda t: {k: x[:, t] for k, x in probes.items()}
-        with autocast(device, dtype):
-            dreamed = dream_clips(run, run.tokenizer.encode(clips["frames"]), actions,
-                                  clips["labelled"], length - context).cpu().numpy()
-        real, good = clips["frames"].cpu().numpy(), np.ones(len(rows), bool)
-        moments = [length - 1] + [context + 4] * (kind == "look_away_and_back")
-        for t in moments:
-            good &= judge(reader, kind, dreamed[:, t], real[:, t], at(context - 1), at(t))
-        n = len(rows)
-        entries[f"interaction_{kind}"] = good.mean(), *wilson(int(good.sum()), n), n, "share"
-        passed[kind] = good
-        color = lambda ok: GREEN if ok else (200, 40, 40)
-        strips.append(np.concatenate([np.concatenate(
-            [border(real[i, context - 1], (90, 90, 90)), border(dreamed[i, -1], color(good[i])),
-             border(real[i, -1], (90, 90, 90))], 1) for i in range(min(4, n))], 1))
-    shares = np.array([x.mean() for x in passed.values()])
-    spread = np.sqrt(sum(x.var() / len(x) for x in passed.values())) / len(passed)
-    entries["interactions_pass_rate"] = (shares.mean(), shares.mean() - 1.96 * spread,
-                                         shares.mean() + 1.96 * spread, len(kinds), "share")
-    if picture:
-        write_strips(picture, list(passed), strips)
-    return entries
-
-
-# ------------------------------------------------------------ sampling steps, long and free dreams
-
-@torch.no_grad()
-def dream_freely(run, n, length, actor=None, actions=None, context=None, seed=0):
-    """Dreams of n rows -> latents (n, length, S_z, Z).
-
-    From nothing (the first frame has no action and no past), or on from context, a tuple of z,
-    actions, labelled. The actions are `actions` (n, length, .), or sampled by the BC policy of the
-    run `actor`, which looks at the same latents: so one policy can drive several world models.
-    """
-    device = run.device
-    generator = torch.Generator(device).manual_seed(seed)
-    dream, eyes, frames, h = Dream(run.dynamics, generator), None, [], None
-    none = {k: torch.from_numpy(x).to(device) for k, x in run.spec.actions.zeros(n, 1).items()}
-    yes = torch.ones(n, 1, dtype=torch.bool, device=device)
-    if actor:
-        eyes = Dream(actor.dynamics, generator)
-        task = torch.randint(max(1, len(run.spec.tasks)), (n, 1), generator=generator,
-                             device=device)
-    if context:
-        dream.commit(*context)
-    for t in range(length):
-        labelled, action = yes, none
-        if t == 0 and not context:
-            labelled = ~yes
-        elif actor:
-            action = {k: x[:, None] for k, x in actor.agent.act(h, generator).items()}
-        else:
-            action = {k: x[:, t:t + 1] for k, x in actions.items()}
-        z = dream.imagine(action, labelled)
-        dream.commit(z, action, labelled)
-        if actor:
-            h = eyes.commit(z, action, labelled, actor.agent.prompt(task))[:, 0]
-        frames.append(z)
-    return torch.cat(frames, 1)
-
-
-def random_features(frames, seed=0):
-    """uint8 (N, T, H, W, 3) -> (N, 256): "random3d", the means and deviations of 128 channels of a
-    three-layer 3-D convolution with fixed random weights. No trained net can be had offline."""
-    generator, sizes = torch.Generator().manual_seed(seed), (3, 32, 64, 128)
-    weights = [torch.randn(b, a, 3, 5, 5, generator=generator) * (2 / (75 * a)) ** 0.5
-               for a, b in zip(sizes, sizes[1:], strict=False)]
-    out = []
-    for x in frames.split(32):
-        x = x.movedim(-1, 1).float().cpu() / 127.5 - 1
-        for i, w in enumerate(weights):
-            x = F.relu(F.conv3d(x, w, stride=(1 + (i > 0), 3, 3), padding=(1, 2, 2)))
-        out.append(torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4))], 1))
-    return torch.cat(out).double().numpy()
-
-
-def frechet(real, fake):
-    """Frechet distance of two Gaussians fitted to (N, D) and (M, D): |m1 - m2|^2 + tr(C1 + C2 -
-    2 (C1 C2)^(1/2))."""
-    mean = np.square(real.mean(0) - fake.mean(0)).sum()
-    a, b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
-    root = np.sqrt(np.maximum(np.linalg.eigvals(a @ b).real, 0)).sum()
-    return float(mean + np.trace(a) + np.trace(b) - 2 * root)
-
-
-@torch.no_grad()
-def evaluate_sampling(run, dataset, actor, ks=(1, 2, 4, 8, 16), n=1024, length=16, dtype="auto"):
-    """The paper's Figure 8: videos from nothing for each K, the Frechet distance of 64 principal
-    components of random3d to real windows, and the share of cells that show a legal texture."""
-    device, entries, run = run.device, {}, dataclasses.replace(run, dynamics=compiled(run))
-    episode, start, _ = dataset.sample(rng_for(0, "frechet", 0), 2 * n, length, split="all")
-    half = episode % 2 == 0                             # no episode in both halves
-    real = random_features(torch.from_numpy(dataset.read(episode, start, length,
-                                                         ["frames"])["frames"]))
-    center, scale = real.mean(0), real.std(0)
-    axes = np.linalg.svd((real - center) / scale, full_matrices=False)[2][:64].T
-    project = lambda x: (x - center) / scale @ axes
-    real = project(real)
-    entries["frechet_real"] = frechet(real[half], real[~half]), None, None, n, "distance"
-    reader, fakes = reader_of(dataset), {}
-    for k in ks:
-        run.dynamics.cfg = dataclasses.replace(run.dynamics.cfg, k=k)
-        frames = []
-        with autocast(device, dtype):
-            for i in range(0, n, 64):
-                z = dream_freely(run, min(64, n - i), length, actor, seed=i)
-                frames += [run.tokenizer.decode(x).cpu() for x in z.split(16)]
-        frames = torch.cat(frames)
-        fakes[k] = project(random_features(frames))
-        entries[f"frechet_k{k}"] = frechet(real[half], fakes[k]), None, None, n, "distance"
-        if reader:
-            some = frames[:: max(1, n // 256), -1]
-            legal = (reader.read(some)[2] < reader.LEGAL).mean((1, 2))
-            entries[f"legal_k{k}"] = *mean_interval(legal), len(some), "share"
-    # rows drawn twice make a distance larger: intervals of its ratio alone
-    if {4, 16} <= set(ks):
-        entries["frechet_k4_over_k16"] = *bootstrap(
-            lambda x, y: frechet(real[half], x) / frechet(real[half], y), fakes[4], fakes[16],
-            n=100), n, "ratio"
-    return entries
-
-
-@torch.no_grad()
-def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None):
-    """Dreams of `length` frames from one context of each reference episode, early in the first ones
-    and late in the last, with the recorded actions of the episodes that follow -> every 50 frames
-    the share of legal cells and the map's brightness (dark cells are easily legal)."""
-    device, reader = run.device, reader_of(dataset)
-    long = [i for i in dataset.episodes("all") if dataset.lengths[i] >= context]
-    n = len(long)
-    start = np.array([(dataset.lengths[i] - context) * j // n for j, i in enumerate(long)])
-    clips, shown = to_tensors(dataset.read(long, start, context), device)
-    follow = []                                         # an episode's row 0 has no action
-    for j in range(n):
-        rows, i = [], j
-        while sum(map(len, rows)) < length:
-            i = (i + 1) % n
-            rows.append(np.arange(dataset.offsets[long[i]] + 1, dataset.offsets[long[i] + 1]))
-        follow.append(np.concatenate(rows)[:length])
-    everything = {k: np.concatenate([dataset.episode(i)[k] for i in range(len(dataset.lengths))])
-                  for k in shown}
-    actions = {k: torch.as_tensor(x[np.stack(follow)], device=device).to(shown[k].dtype)
-               for k, x in everything.items()}
-    frames, cache = [], run.tokenizer.new_cache()
-    with autocast(device, dtype):
-        z = run.tokenizer.encode(clips["frames"])
-        z = dream_freely(run, n, length, None, actions, (z, shown, clips["labelled"]))
-        for part in z.split(50, 1):                     # as one who watches all of it sees it
-            frames.append(run.tokenizer.decode(part, cache).cpu())
-    frames, entries, legal = torch.cat(frames, 1).numpy(), {}, {}
-    for t in range(50, length + 1, 50) if reader else ():
-        legal[t] = (reader.read(frames[:, t - 1])[2] < reader.LEGAL).mean((1, 2))
-        entries[f"legal_long_{t}"] = *mean_interval(legal[t]), n, "share"
-        bright = frames[:, t - 1, :56].mean((1, 2, 3)) / 255
-        entries[f"bright_long_{t}"] = *mean_interval(bright), n, "of white"
-    if 500 in legal:
-        entries["legal_long_500_minus_50"] = *mean_interval(legal[500] - legal[50]), n, "share"
-    if film:
-        write_film(film, np.concatenate(list(frames[:4, ::5]), -2))
-    return entries
 
 
 # --------------------------------------------------------------------------------------- speed
@@ -857,7 +459,7 @@ def compiled(run):
     """A copy of the run's dynamics, compiled where training is: for many dreams of one shape."""
     world = copy.deepcopy(run.dynamics)
     if run.meta["config"]["train"]["compile"]:
-        from train import compile_module                # later in the order of imports
+        from train import compile_module  # later in the order of imports
         compile_module(world, run.device)
     return world
 
@@ -873,125 +475,6 @@ def measure_speed(run, dtype="auto"):
         rates["imagined_frames_per_s"] = imagination_rate(
             compiled(run), agent, batch, agent.cfg.context, agent.cfg.horizon, device, dtype)
     return {name: (rate, None, None, 1, "frames/s") for name, rate in rates.items()}
-
-
-def matmul_peak(device, dtype, repeats=8):
-    """FLOP/s of the fastest of some large matrix products."""
-    rates = []
-    for n in (512, 1024, 2048, *[8192] * (device.type == "cuda")):
-        a, b = (torch.randn(m, n, device=device, dtype=dtype) for m in (8192, n))
-        rates.append(2 * 8192 * n * n / seconds(lambda a=a, b=b: a @ b, repeats, device))
-    return max(rates)
-
-
-def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
-    """Frames/s and FLOP/s (matrix products, the optimizer's too) of a training step."""
-    from train import make_optimizers                       # later in the order of imports
-    from torch.utils.flop_counter import FlopCounterMode
-    optimizers = make_optimizers([model], 1e-4, 1e-4)
-
-    def step():
-        with autocast(device, dtype):
-            loss = loss_fn()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    compile_for_bench(model, device)
-    time_of_step = seconds(step, repeats, device)
-    return frames / time_of_step, counter.get_total_flops() / time_of_step
-
-
-def compile_for_bench(module, device):
-    """As training does it: on CUDA it takes minutes, and the preset gpu does without."""
-    from train import compile_module                        # later in the order of imports
-    if device.type != "cuda":
-        compile_module(module, device)
-
-
-def bench(device, dtype="auto"):
-    """Speeds at pinned shapes, random weights: 4 layers of width 256, 16 latent, 4 register tokens,
-    K_max 16; training batch 16 x 16; and 8 layers of width 512 at T = 64 ("wide"). Encoding and
-    decoding alone, and "tokenizer_default", are of the default tokenizer."""
-    entries, spec = {}, ActionSpec(categorical=(17,))
-    generator = torch.Generator(device).manual_seed(0)
-
-    def note(name, value, unit):
-        entries[f"bench_{name}"] = value, None, None, 1, unit
-        print(f"{name:34s} {value:10.4g} {unit}", flush=True)
-
-    def model(dim=256, layers=4, **more):
-        cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers, heads=4,
-                             kv_heads=2, time_every=2, context=64, **more)
-        return Dynamics(cfg, spec).to(device)
-
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        note(f"matmul_{name}", matmul_peak(device, kind) / 1e9, "GFLOP/s")
-    peak = entries["bench_matmul_bf16"][0] if pick_dtype(device, dtype) == "bf16" else \
-        entries["bench_matmul_fp32"][0]
-    for name, net, B, T in (("dynamics", model(), 16, 16), ("wide", model(512, 8), 4, 64)):
-        z, actions, labelled = empty_inputs(net.cfg, spec, B, T, device)
-        z = torch.randn(z.shape, device=device)
-        loss = lambda net=net, z=z, a=actions, y=labelled, B=B: dynamics_losses(
-            net, z, a, y, B // 4, generator)[0]["dynamics"]
-        frames, flops = training_rate(net, loss, B * T, device, dtype)
-        note(f"{name}_training", frames, "frames/s")
-        note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
-    pinned = TokenizerConfig(patch=24, dim=256, encoder_layers=4, decoder_layers=4, heads=4,
-                             kv_heads=2, latents=16, channels=32, local=False, cell=0)
-    pixels = torch.randn(16, 8, 72, 72, 3, device=device)
-    for name, cfg in (("tokenizer", pinned), ("tokenizer_default", TokenizerConfig())):
-        net = Tokenizer(cfg).to(device)
-        frames, flops = training_rate(
-            net, lambda net=net: reconstruction_loss(net(pixels), pixels)["mse"], 128, device,
-            dtype)
-        note(f"{name}_training", frames, "frames/s")
-        note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
-
-    tokenizer = freeze(net, device, dtype)
-    frames = torch.zeros(16, 16, 72, 72, 3, dtype=torch.uint8, device=device)
-    with torch.no_grad(), autocast(device, dtype):
-        z = tokenizer.encode(frames)
-        note("encode", 256 / seconds(lambda: tokenizer.encode(frames), 5, device), "frames/s")
-        note("decode", 256 / seconds(lambda: tokenizer.decode(z), 5, device), "frames/s")
-    net = freeze(model(), device, dtype)
-    tokenizer = freeze(Tokenizer(pinned), device, dtype)
-    rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
-    for k in (1, 4):
-        note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
-        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=tokenizer, repeats=60),
-             "frames/s")
-        note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
-        note(f"dream_b64_c16_k{k}_decoded", rate(64, 16, k=k, tokenizer=tokenizer), "frames/s")
-    note("uncached_b1_c64_k4", rate(1, 64, kind=Recomputed, repeats=8), "frames/s")
-    note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
-         / entries["bench_uncached_b1_c64_k4"][0], "ratio")
-    once, agent = (Agent(AgentConfig(k=k), 256, spec, 22).to(device) for k in (1, 4))
-    fast = copy.deepcopy(net)
-    compile_for_bench(fast, device)
-    imagined = functools.partial(imagination_rate, fast, B=64, context=16, horizon=12,
-                                 device=device, dtype=dtype)
-    note("imagination_b64_c16_k1", imagined(once), "frames/s")
-    note("imagination_b64_c16", imagined(agent), "frames/s")
-    note("imagination_uncached", imagined(agent, kind=Recomputed, repeats=1), "frames/s")
-    note("imagination_cached_over_uncached", entries["bench_imagination_b64_c16"][0]
-         / entries["bench_imagination_uncached"][0], "ratio")
-    for context in (16, 64, 192):
-        note(f"dream_b1_c{context}", 1000 / rate(1, context, repeats=60), "ms a frame")
-    for times, dim in ((2, 368), (4, 512)):
-        bigger = freeze(model(dim), device, dtype)
-        note(f"dream_parameters_x{times}", 1000 / dream_rate(
-            bigger, 1, 64, device, dtype, repeats=60), "ms a frame")
-    with torch.no_grad(), autocast(device, dtype):
-        dream, one = Dream(net), empty_inputs(net.cfg, spec, 1, 1, device)[1]
-        cost = [seconds(lambda: dream.step(one), 19, device) for _ in range(26)]    # of 20 frames
-    note("frame500_over_frame100", cost[25] / cost[5], "ratio")
-    note("peak_memory", torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else
-         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
-    return entries
 
 
 # -------------------------------------------------------------------- agents in the real world
@@ -1275,37 +758,6 @@ def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", work
     return agent_entries(worlds.spec, firsts, length)
 
 
-def compare_agents(folder, text, episodes, length, device, dtype="auto", workers=0):
-    """text: "bc=seed*:agent,rl=seed*:imagine,cool=seed*:agent@best", an agent is a stage of all
-    runs whose names match, at a temperature of its actions (default 1; best: of TEMPERATURES, by
-    their mean ladder score in 50 validation worlds) -> entries for results.json."""
-    env, firsts, entries = data_config(folder)["env"], {}, {}
-    with (VecEnv(env, range(TEST_SEED, TEST_SEED + episodes), workers) as worlds,
-          VecEnv(env, range(VALIDATION_SEED, VALIDATION_SEED + 50), workers) as trial):
-        play_in = lambda runs, agent, worlds, t=1.0: np.stack([
-            played(run, worlds, agent, length, device, dtype, t) for run in runs])
-        for item in text.split(","):
-            match = re.fullmatch(r"(\w+)=([^:]+):(agent|imagine)(?:@(best|\d*\.?\d+))?", item)
-            name, pattern, stage, heat = match.groups("1") if match else ("", "-", "", "0")
-            runs = [p for p in sorted(Path(folder).parent.glob(pattern))
-                    if (p / f"{stage}.pt").exists()]
-            if not runs or heat != "best" and not float(heat):
-                raise UserError(f"Got --compare {item!r}, need NAME=RUNS:STAGE or NAME=RUNS:STAGE"
-                                "@TEMPERATURE (above 0, or best) with the names of runs that have "
-                                "a stage agent or imagine, * for any letters: bc=seed*:agent.")
-            if heat == "best":
-                scores = {t: ladder_scores(worlds.spec, play_in(runs, stage, trial, t)).mean()
-                          for t in TEMPERATURES}
-                heat = max(scores, key=scores.get)
-                entries |= {f"validation_{name}_t{t:g}": (x, None, None, 50 * len(runs), "rungs")
-                            for t, x in scores.items()}
-            entries[f"temperature_{name}"] = float(heat), None, None, len(runs), ""
-            firsts[name] = play_in(runs, stage, worlds, float(heat))
-        for bound in ("random", *["player"] * hasattr(make_env(env), "player")):
-            firsts[bound] = play_in([folder], bound, worlds)
-    return entries | agent_entries(worlds.spec, firsts, length)
-
-
 @torch.no_grad()
 def evaluate_heads(run, dataset, dtype="auto", chunk=100):
     """Reward and continue head along the reference episodes, under each of the tasks -> entries:
@@ -1468,16 +920,6 @@ def picture_curves(folder, stage):
     for axis in axes.flat[len(keys):]:
         axis.axis("off")
     figure.savefig(Path(folder) / f"{stage}_curves.png", dpi=70)
-
-
-def write_strips(path, titles, strips):
-    """Rows of pictures with their names, as one PNG."""
-    figure, axes = new_figure(len(strips), 1, (12, 1.15 * len(strips)))
-    for axis, title, strip in zip(axes.flat, titles, strips, strict=True):
-        axis.imshow(strip)
-        axis.set_title(title, fontsize=8, loc="left", pad=2)
-        axis.axis("off")
-    figure.savefig(path, dpi=80)
 
 
 def picture_rollouts(path, errors, likeness):
@@ -2003,6 +1445,7 @@ def evaluate(words):
     args, command = make_parser().parse_args(words), "python play.py " + shlex.join(words)
     folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
     if args.compare:
+        from paper.figure3_agents import compare_agents
         return add_results(folder, command, compare_agents(
             folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers),
             ("ladder_", "life_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
@@ -2035,6 +1478,9 @@ def evaluate_world_more(args, command):
     if "interactions" in parts and not hasattr(make_env(settings["env"]), "reader"):
         raise UserError(f"Got --parts {args.parts}, need it without interactions: they are "
                         f"scripted for crafter, not for {settings['env']}.")
+    from paper.figure5_interactions import evaluate_interactions, interaction_set
+    from paper.figure8_sampling import evaluate_sampling
+    from paper.rollouts import evaluate_long
     measures = {
         "rollouts": lambda: evaluate_world(run, dataset, args.dtype,
                                            simulator="seed" in dataset.settings,
@@ -2089,8 +1535,10 @@ def main():
             raise UserError(f"Got --with {args.others!r}, need none=RUN,NAME=RUN,...: the run "
                             "without labels and those in between; --run is the one with all.")
         runs = {"all": run} | {k: load_asked(r, args, device) for k, r in others.items()}
+        from paper.figure7_labels import evaluate_labels
         add_results(folder, command, evaluate_labels(runs, dataset, args.dtype))
     elif args.command == "bench":
+        from paper.bench import bench
         entries = bench(pick_device(args.device), args.dtype)
         if folder.is_dir():
             add_results(folder, command, entries)

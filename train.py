@@ -34,14 +34,46 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import play
-from agent import (STAGES, VERSION, Agent, AgentConfig, agent_losses, autocast, freeze,
-                   imagination_losses, imagine_rollout, load_checkpoint, load_run, pick_device,
-                   pick_dtype)
-from data import (TYPES, Dataset, UserError, check_config, column, env_spec, read_json, record,
-                  rng_for, run_cli, write_whole)
+from agent import (
+    STAGES,
+    VERSION,
+    Agent,
+    AgentConfig,
+    agent_losses,
+    autocast,
+    freeze,
+    imagination_losses,
+    imagine_rollout,
+    load_checkpoint,
+    load_run,
+    pick_device,
+    pick_dtype,
+)
+from data import (
+    TYPES,
+    Dataset,
+    UserError,
+    check_config,
+    column,
+    read_json,
+    record,
+    rng_for,
+    run_cli,
+    write_whole,
+)
 from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
-from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, latent_health,
-                       lpips_loss, mae_mask, reconstruction_loss, scale_pixels)
+from envs.minecraft import env_spec
+from tokenizer import (
+    Block,
+    LossNormalizer,
+    Tokenizer,
+    TokenizerConfig,
+    latent_health,
+    lpips_loss,
+    mae_mask,
+    reconstruction_loss,
+    scale_pixels,
+)
 
 
 @dataclass
