@@ -1,11 +1,13 @@
-"""The agent (Dreamer 4, Section 3.3): behaviour cloning, then practice inside the world model.
+"""The agent (Dreamer 4, Section 3.3): behaviour cloning, then imagination training.
 
 Eq. 9   targets_ahead, behavior_loss   multi-token prediction of actions and rewards from h
 Eq. 10  lambda_returns, value_loss     TD(lambda) returns, two-hot cross-entropy
-Eq. 11  pmpo_loss                      only the sign of the advantage counts; KL to the BC policy
-Agent holds the heads, imagine_rollout plays them inside the dream, load_run reads a checkpoint.
-Conventions: actions[:, t] led to frame t, rewards[:, t] and continues[:, t] were received on
-reaching it, and h[:, t] comes after it. Departures from the paper: README, "Departures".
+Eq. 11  pmpo_loss                      only the sign of the advantage counts; KL to BC
+
+Agent holds the heads, imagine_rollout plays them inside the dream, load_run reads what
+training saved. Conventions: actions[:, t] led to frame t, rewards[:, t] and
+continues[:, t] were received on reaching it, and h[:, t] comes after it.
+Departures from the paper: README, "Departures".
 """
 
 import copy
@@ -13,65 +15,66 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import EnvSpec, UserError, check_config
+from data import EnvSpec, UserError, check_config, write_whole
 from dynamics import Dream, Dynamics, DynamicsConfig
 from tokenizer import Tokenizer, TokenizerConfig
+
+MTP = 8                     # L = 8: the heads predict distances 0 .. L
+BINS = 255                  # of the symexp two-hot heads
+LAMBDA = 0.95               # 0.95, of Eq. 10
+PMPO_ALPHA = 0.5            # 0.5, of Eq. 11
+RELEVANT = 0.5              # 0.5: share of rows that show a task being done, to be cloned
+TERMINAL_WEIGHT = 20.0      # of the rare class in the continue head's loss
 
 
 @dataclass
 class AgentConfig:
-    """Heads, returns and imagination; the paper's values in the comments."""
+    """Heads, cloning and imagination; the paper's values in the comments."""
     hidden: int = 256
-    mtp: int = 8                # L = 8: heads predict distances 0 .. L
-    bins: int = 255             # symexp two-hot
-    relevant: float = 0.5       # 0.5: share of rows that show a task being done, to be cloned
-    ladder: float = 0.0         # of those, share whose task is one of the prompt ladder
-    bc_level: str = "context"   # signal level of relevant rows: "context" | "uniform" (paper)
+    prompt_order: float = 0.0   # share of the cloned rows whose task is one of the prompts
+    bc_level: str = "context"   # signal level of cloned rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
-    prompts: bool = True        # False: the policy isn't told its task ("notask")
-    pretrained: bool = True     # False: BC from scratch, on the latents but on fresh dynamics
-    terminal_weight: float = 20.0   # of the rare class in the continue head's loss
-    practice: str = "ladder"    # tasks that imagination practises: "ladder" | "all" (paper)
+    prompts: bool = True        # False: the policy isn't told its task (control)
+    pretrained: bool = True     # False: BC from scratch, on the latents alone (control)
+    practice: str = "prompt_order"  # tasks of imagination: "prompt_order" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # 15 (ours: the paper gives none)
-    temperature: float = 1.0    # of the imitated policy that practice starts from and stays near
-    k: int = 1                  # sampling steps of an imagined frame; 0: as the dynamics' k (paper)
-    finest: bool = True         # told the finest step in these, which knows a context best
-    once: bool = True           # a return ends with its task's event, as a prompt does
+    temperature: float = 1.0    # of the BC policy that imagination starts from
+    k: int = 1                  # sampling steps of a frame; 0: as the dynamics (paper)
+    step_label: str = "min"     # step size told to the network in these: "own" | "min"
+    end_on_event: bool = True   # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # 0.997
-    lam: float = 0.95
-    pmpo_alpha: float = 0.5     # 0.5
     pmpo_beta: float = 0.3      # 0.3
-    objective: str = "pmpo"     # "pmpo" | "advantage": weighted by it, normalised (ablation)
-    h_pass: str = "commit"      # h of imagined frames: "commit" | "denoise", last pass (ablation)
-    corrupt: bool = True        # False (ablation): frames enter the context without noise
 
     def __post_init__(self):
-        check_config("agent", self, zero=("mtp", "k"),
-                     shares=("relevant", "ladder", "gamma", "lam", "pmpo_alpha"))
-        for name, words in (("bc_level", ("context", "uniform")), ("h_pass", ("commit", "denoise")),
-                            ("objective", ("pmpo", "advantage")), ("practice", ("ladder", "all"))):
+        check_config("agent", self, zero=("k",), shares=("prompt_order", "gamma"))
+        choices = {"bc_level": ("context", "uniform"), "step_label": ("own", "min"),
+                   "practice": ("prompt_order", "all")}
+        for name, words in choices.items():
             if getattr(self, name) not in words:
-                raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of {words}.")
+                raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of "
+                                f"{words}.")
         if not self.temperature:
             raise UserError("Got agent.temperature 0, need float above 0.")
 
 
-# ------------------------------------------------------------------ symexp two-hot, the heads
+# ------------------------------------------------------------ symexp two-hot, the heads
 
 def symexp_bins(n):
-    """(n,) bin centres, symmetric and dense around 0: symexp of an even grid from -10 to 10."""
+    """(n,) bin centres, symmetric and dense around 0: symexp of an even grid, -10 to 10."""
     x = torch.linspace(-10, 10, n)
     return x.sign() * x.abs().expm1()
 
 
 def two_hot(x, bins):
-    """x (...) -> the two bins (..., 2) beside it, and their weights, whose mean is x (clamped)."""
+    """x (...) -> the two bins (..., 2) beside it, and their weights, whose mean is x
+    (clamped)."""
     x = x.clamp(bins[0], bins[-1])
     high = torch.searchsorted(bins, x.contiguous()).clamp(1, len(bins) - 1)
     share = (x - bins[high - 1]) / (bins[high] - bins[high - 1])
@@ -90,41 +93,33 @@ def two_hot_log_prob(logits, x, bins):
 
 
 def split_logits(spec, logits):
-    """(..., nb + sum of categories) -> binary logits (..., nb), list of categorical (..., size)."""
-    binary, *parts = logits.split([spec.binary, *spec.categorical], -1)
-    return binary, parts
+    """(..., sum of class sizes) -> the logits (..., size) of each class column."""
+    return logits.split(list(spec.classes), -1)
 
 
 def action_log_prob(spec, logits, actions):
-    """ln pi(a) of actions {binary (..., nb), categorical (..., nc)}: the parts are independent."""
-    binary, parts = split_logits(spec, logits)
-    total = (F.logsigmoid(binary) - (1 - actions["binary"].float()) * binary).sum(-1)
-    for i, part in enumerate(parts):
-        index = actions["categorical"][..., i:i + 1].long()
-        total = total + part.log_softmax(-1).gather(-1, index)[..., 0]
+    """ln pi(a) (...) of actions (..., A): the columns are independent."""
+    total = 0.0
+    for i, column in enumerate(split_logits(spec, logits)):
+        index = actions[..., i:i + 1].long()
+        total = total + column.log_softmax(-1).gather(-1, index)[..., 0]
     return total
 
 
 def sample_action(spec, logits, generator=None):
-    """Draw actions from logits (B, n). Returns a dict of (B, nb), (B, nc) and (B, 0)."""
-    binary, parts = split_logits(spec, logits)
-    keys = torch.rand(binary.shape, generator=generator, device=logits.device) < binary.sigmoid()
-    choices = [torch.multinomial(part.softmax(-1), 1, generator=generator) for part in parts]
-    empty = torch.zeros(len(logits), 0, device=logits.device)
-    return {"binary": keys.to(torch.uint8), "continuous": empty,
-            "categorical": torch.cat(choices, -1) if choices else empty.long()}
+    """logits (B, n) -> sampled actions, float32 (B, A)."""
+    columns = [torch.multinomial(column.softmax(-1), 1, generator=generator)
+               for column in split_logits(spec, logits)]
+    return torch.cat(columns, -1).float()
 
 
 def action_kl(spec, logits, prior):
-    """KL[pi || prior] (...), exact, summed over the action's parts."""
-    binary, parts = split_logits(spec, logits)
-    prior_binary, prior_parts = split_logits(spec, prior)
-    p = binary.sigmoid()
-    total = (p * (F.logsigmoid(binary) - F.logsigmoid(prior_binary))
-             + (1 - p) * (F.logsigmoid(-binary) - F.logsigmoid(-prior_binary))).sum(-1)
-    for part, prior_part in zip(parts, prior_parts, strict=True):
-        log_p = part.log_softmax(-1)
-        total = total + (log_p.exp() * (log_p - prior_part.log_softmax(-1))).sum(-1)
+    """KL[pi || prior] (...), exact, summed over the action's columns."""
+    total = 0.0
+    columns = zip(split_logits(spec, logits), split_logits(spec, prior), strict=True)
+    for column, prior_column in columns:
+        log_p, log_prior = column.log_softmax(-1), prior_column.log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_prior)).sum(-1)
     return total
 
 
@@ -136,7 +131,7 @@ class Norm(nn.RMSNorm):
 
 
 class Head(nn.Module):
-    """Small MLP on h (..., D) with one output layer for each distance: (..., distances, out)."""
+    """Small MLP on h (..., D), an output for each distance: (..., distances, out)."""
 
     def __init__(self, dim, hidden, distances, out):
         super().__init__()
@@ -154,46 +149,44 @@ class Head(nn.Module):
 
 
 class Agent(nn.Module):
-    """Heads on the agent token's output h: policy, reward, continue, value, and the frozen prior
-    that imagination training starts from and stays near. The reward head is asked about a task,
-    which need not be the prompt: every frame can teach it about all of them."""
+    """Heads on the agent token's output h: policy, reward, continue, value, and the frozen
+    prior that imagination starts from and stays near. The reward head is asked about a
+    task, which need not be the prompt: every frame can teach it about all of them."""
 
     def __init__(self, cfg, dim, action_spec, tasks):
         super().__init__()
-        if action_spec.continuous:
-            raise UserError("Got continuous actions, need binary or categorical ones for the "
-                            "policy: discretise them, or stop after --stage dynamics.")
+        if action_spec.numbers or not action_spec.classes:
+            raise UserError("Got continuous actions, need classes for the policy: "
+                            "discretise them, or stop after --stage dynamics.")
         self.cfg, self.spec, self.tasks = cfg, action_spec, tasks
-        L = cfg.mtp
-        self.policy = Head(dim, cfg.hidden, L + 1,
-                           action_spec.binary + sum(action_spec.categorical))
-        self.reward = Head(dim, cfg.hidden, L + 1, cfg.bins)
+        self.policy = Head(dim, cfg.hidden, MTP + 1, sum(action_spec.classes))
+        self.reward = Head(dim, cfg.hidden, MTP + 1, BINS)
         self.question = nn.Embedding(tasks + 1, dim)
         self.continues = Head(dim, cfg.hidden, 1, 1)
-        self.value = Head(dim, cfg.hidden, 1, cfg.bins)
+        self.value = Head(dim, cfg.hidden, 1, BINS)
         self.prior = copy.deepcopy(self.policy).requires_grad_(False)
-        self.register_buffer("bins", symexp_bins(cfg.bins), persistent=False)
+        self.register_buffer("bins", symexp_bins(BINS), persistent=False)
 
     def prompt(self, task):
-        """task (...) as the agent token is told it: the last number where it learned without."""
+        """task (...) as the agent token is told it: "no task" where it learned without."""
         return task if self.cfg.prompts else torch.full_like(task, self.tasks)
 
     def freeze_prior(self):
         self.prior.load_state_dict(self.policy.state_dict())
 
     def sharpen(self, temperature):
-        """From here on temperature 1 of policy and prior is what this temperature was before."""
+        """From here on temperature 1 of policy and prior is what this one was before."""
         with torch.no_grad():
             for p in (*self.policy.out.parameters(), *self.prior.out.parameters()):
                 p /= temperature
 
     def act(self, h, generator=None, temperature=1.0):
-        """h (B, D) after frame t -> sampled actions that lead to frame t + 1, dict of (B, .).
+        """h (B, D) after frame t -> sampled actions (B, A) that lead to frame t + 1.
         temperature < 1 sharpens the policy."""
         return sample_action(self.spec, self.policy(h, 1)[:, 0] / temperature, generator)
 
     def reward_logits(self, h, task, distances=None):
-        """h (..., D), task (...), the one that is asked about -> (..., distances, bins)."""
+        """h (..., D), task (...), the one asked about -> (..., distances, bins)."""
         return self.reward(h + self.question(task), distances)
 
     def rewards(self, h, task):
@@ -204,68 +197,80 @@ class Agent(nn.Module):
         return two_hot_mean(self.value(h)[..., 0, :], self.bins)
 
     def continue_prob(self, h):
-        """P(the episode goes on at the frame of h). The loss weighed terminals up; the logit is
-        moved back by the log of that weight, so that the probability is calibrated."""
+        """P(the episode goes on at the frame of h). The loss weighed terminals up; the
+        logit is moved back by the log of that weight, so that the probability is
+        calibrated."""
         logit = self.continues(h)[..., 0, 0]
-        return torch.sigmoid(logit + torch.tensor(self.cfg.terminal_weight).log())
+        return torch.sigmoid(logit + torch.tensor(TERMINAL_WEIGHT).log())
 
 
-# ------------------------------------------------------------------------------ equation 9
+# ---------------------------------------------------------------------------- equation 9
 
 def targets_ahead(x, first, L):
     """x (B, T, ...) -> x[:, t + first + n] for n = 0 .. L as (B, T, L + 1, ...), and valid
     (B, T, L + 1), False where that lies past the end of the window."""
     T = x.shape[1]
-    index = torch.arange(T, device=x.device)[:, None] + first + torch.arange(L + 1, device=x.device)
+    t, n = torch.arange(T, device=x.device), torch.arange(L + 1, device=x.device)
+    index = t[:, None] + first + n
     valid = (index < T).expand(len(x), T, L + 1)
     return x[:, index.clamp(max=T - 1)], valid
 
 
 def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
-    """Eq. 9 (Section 3.3): - sum_n ln p(a[t + 1 + n] | h_t) - sum_n ln p(r[t + n] | h_t), n = 0..L.
+    """Eq. 9 (Section 3.3): - sum_n ln p(a[t + 1 + n] | h_t) - sum_n ln p(r[t + n] | h_t).
 
-    All (B, T, L + 1), from targets_ahead with first = 1 and 0; averaged over the valid entries.
-    (Print: a[t + n]. Our h_t has seen a_t, so that would be copying.) Returns the two terms.
+    n = 0 .. L. All (B, T, L + 1), from targets_ahead with first = 1 and 0; averaged over
+    the valid entries. (Print: a[t + n]. Our h_t has seen a_t, so that would be copying.)
+    Returns the two terms.
     """
-    mean = lambda x, valid: -(x * valid).sum() / valid.sum().clamp_min(1)
+    def mean(x, valid):
+        return -(x * valid).sum() / valid.sum().clamp_min(1)
     return mean(policy_log_prob, policy_valid), mean(reward_log_prob, reward_valid)
 
 
-def agent_losses(agent, h, actions, labelled, task, events, continues, relevant):
-    """BC loss on rows with relevant (B,) True; reward and continue losses on all rows, the reward
-    of the prompt at all distances ("reward") and that of every task at distance 0 ("events").
+def agent_losses(agent, h, batch, cloned):
+    """BC loss on rows with cloned (B,) True; reward and continue losses on all rows, the
+    reward of the prompt at all distances ("reward"), of every task at distance 0
+    ("events").
 
-    h (B, T, D), labelled, task, continues (B, T), events (B, T, tasks). -> losses and metrics.
+    h (B, T, D); of the batch actions (B, T, A), labelled, task, continues (B, T), events
+    (B, T, tasks). Returns losses and metrics.
     """
-    cfg, L = agent.cfg, agent.cfg.mtp
-    known, valid = targets_ahead(labelled, 1, L)
-    valid = valid & known & relevant[:, None, None]
-    ahead = {name: targets_ahead(x, 1, L)[0] for name, x in actions.items()}
-    policy = action_log_prob(agent.spec, agent.policy(h), ahead)
-    rewards = F.pad(events, (0, 1)).gather(-1, task[..., None])[..., 0]
-    reward, reward_valid = targets_ahead(rewards, 0, L)
-    reward = two_hot_log_prob(agent.reward_logits(h, task), reward, agent.bins)
+    # policy: actions that are labelled, lie in the window, and stand in a cloned row
+    labelled, valid = targets_ahead(batch.labelled, 1, MTP)
+    valid = valid & labelled & cloned[:, None, None]
+    actions, _ = targets_ahead(batch.actions, 1, MTP)
+    policy = action_log_prob(agent.spec, agent.policy(h), actions)
+
+    # reward of the prompt's task; the last task number, "no task", has none
+    rewards = F.pad(batch.events, (0, 1)).gather(-1, batch.task[..., None])[..., 0]
+    rewards, reward_valid = targets_ahead(rewards, 0, MTP)
+    reward = two_hot_log_prob(agent.reward_logits(h, batch.task), rewards, agent.bins)
     bc, reward = behavior_loss(policy, valid, reward, reward_valid)
-    weight = torch.where(continues > 0, 1.0, cfg.terminal_weight)
-    cont = F.binary_cross_entropy_with_logits(agent.continues(h)[..., 0, 0], continues, weight)
-    now = valid[..., 0]
-    nll = -(policy[..., 0] * now).sum() / now.sum().clamp_min(1)
-    losses = {"bc": bc, "reward": reward, "continue": cont}
+
+    # does the episode go on? ends are rare, and weigh more
+    weight = torch.where(batch.continues > 0, 1.0, TERMINAL_WEIGHT)
+    goes_on = F.binary_cross_entropy_with_logits(agent.continues(h)[..., 0, 0],
+                                                 batch.continues, weight)
+    losses = {"bc": bc, "reward": reward, "continue": goes_on}
     if agent.tasks:
         every = torch.arange(agent.tasks, device=h.device)
-        every = agent.reward_logits(h[:, :, None], every, 1)[..., 0, :]
-        losses["events"] = -two_hot_log_prob(every, events, agent.bins).mean()
+        logits = agent.reward_logits(h[:, :, None], every, 1)[..., 0, :]
+        losses["events"] = -two_hot_log_prob(logits, batch.events, agent.bins).mean()
+    now = valid[..., 0]
+    nll = -(policy[..., 0] * now).sum() / now.sum().clamp_min(1)
     return losses, {"bc_next_action": nll.detach()}
 
 
-# ---------------------------------------------------------------------- equations 10 and 11
+# ------------------------------------------------------------------- equations 10 and 11
 
 def lambda_returns(rewards, continues, values, gamma, lam):
-    """Eq. 10 (Section 3.3), left: all (B, T + 1), rewards[:, t] received on reaching state t.
+    """Eq. 10 (Section 3.3), left: all (B, T + 1), rewards[:, t] came on reaching state t.
 
     R[t] = r[t+1] + gamma c[t+1] ((1 - lam) v[t+1] + lam R[t+1]),  R[T] = v[T].
     (Print: r_t and v_t, which would bootstrap a value from itself.) rewards[:, 0] and
-    continues[:, 0] are not used. Example: r = (., 1, 2, 3), see the test. Returns (B, T + 1).
+    continues[:, 0] are not used. Example: r = (., 1, 2, 3), see the test.
+    Returns (B, T + 1).
     """
     returns = [values[:, -1]]
     for t in range(values.shape[1] - 2, -1, -1):
@@ -280,83 +285,89 @@ def value_loss(logits, returns, bins):
 
 
 def pmpo_loss(log_prob, advantages, kl, alpha, beta):
-    """Eq. 11 (Section 3.3), PMPO: log_prob, advantages, kl all (B, T).
+    """Eq. 11 (Section 3.3), PMPO: log_prob, advantages, kl all (N,).
 
-    (1 - alpha) / |D-| sum_{D-} ln pi - alpha / |D+| sum_{D+} ln pi + beta / N sum KL[pi || prior]
-    with D+ = {A >= 0}, D- = {A < 0} over batch and time: only the sign of A counts. An empty set
-    adds nothing.
+    (1 - alpha) / |D-| sum_{D-} ln pi - alpha / |D+| sum_{D+} ln pi
+    + beta / N sum KL[pi || prior]
+    with D+ = {A >= 0}, D- = {A < 0} over batch and time: only the sign of A counts. An
+    empty set adds nothing.
     """
+    def mean(members):
+        return (log_prob * members).sum() / members.sum().clamp_min(1)
     good = advantages >= 0
-    mean = lambda mask: (log_prob * mask).sum() / mask.sum().clamp_min(1)
     return (1 - alpha) * mean(~good) - alpha * mean(good) + beta * kl.mean()
 
 
-def advantage_loss(log_prob, advantages, returns, kl, beta):
-    """Ablation of Eq. 11: the advantage itself, over the range of the middle 90 % of returns."""
-    spread = torch.quantile(returns, 0.95) - torch.quantile(returns, 0.05)
-    return -(log_prob * advantages / spread.clamp_min(1e-3)).mean() + beta * kl.mean()
+class Rollout(NamedTuple):
+    """Imagined play. h[:, 0] is the context's end; actions[:, t] were taken at h[:, t] and
+    led to z[:, t] and h[:, t + 1]."""
+    h: torch.Tensor             # (B, horizon + 1, D)
+    actions: torch.Tensor       # (B, horizon, A)
+    z: torch.Tensor             # (B, horizon, S_z, Z)
+
+
+def dream_of(dynamics, agent, generator=None):
+    """The dream that the agent is trained in."""
+    if agent.cfg.k == 0:        # as the dynamics sample
+        return Dream(dynamics, generator)
+    return Dream(dynamics, generator, k=agent.cfg.k, step_label=agent.cfg.step_label)
 
 
 @torch.no_grad()
-def imagine_rollout(dynamics, agent, z, actions, labelled, task, horizon, generator, dream=None):
-    """Plays the policy inside the dream, once from each data context.
-
-    z (B, C, S_z, Z), actions[:, t] led to frame t, task (B, C). Returns h (B, horizon + 1, D),
-    where h[:, 0] is the context's end, the sampled actions of (B, horizon, .), actions[:, t] taken
-    at h[:, t], and the imagined latents (B, horizon, S_z, Z). dream: another class than Dream.
-    """
-    dream = (dream or Dream)(dynamics, generator)
-    dream.corrupt, dream.k = agent.cfg.corrupt, agent.cfg.k or dream.k
-    dream.d_label = dynamics.d_min if agent.cfg.finest else dream.d_label
-    hs, chosen, frames = [dream.commit(z, actions, labelled, task)[:, -1]], [], []
+def imagine_rollout(dream, agent, batch, horizon):
+    """Plays the policy inside the dream, once from each data context: a Batch with z
+    (B, C, S_z, Z), actions, labelled and task (B, C). Returns a Rollout."""
+    hs = [dream.commit(batch.z, batch.actions, batch.labelled, batch.task)[:, -1]]
+    actions, frames = [], []
     for _ in range(horizon):
-        action = {k: x[:, None] for k, x in agent.act(hs[-1], generator).items()}
-        z, h = dream.step(action, task[:, -1:])
-        h = dream.h_denoise if agent.cfg.h_pass == "denoise" else h
-        chosen.append(action), hs.append(h[:, 0]), frames.append(z)
-    actions = {k: torch.cat([a[k] for a in chosen], 1) for k in chosen[0]}
-    return torch.stack(hs, 1), actions, torch.cat(frames, 1)
+        action = agent.act(hs[-1], dream.generator)[:, None]
+        z, h = dream.step(action, batch.task[:, -1:])
+        actions.append(action)
+        frames.append(z)
+        hs.append(h[:, 0])
+    return Rollout(torch.stack(hs, 1), torch.cat(actions, 1), torch.cat(frames, 1))
 
 
 def imagination_losses(agent, h, actions, task):
-    """Losses of policy and value head on a rollout from imagine_rollout under the prompt task (B,).
-    The advantage R[t] - v[t] scores the action taken at h[:, t], t < T; what comes after the
-    prompt's end, or the player's, teaches nothing."""
+    """Losses of policy and value head on a Rollout's h and actions under the prompt task
+    (B,). The advantage R[t] - v[t] scores the action taken at h[:, t], t < T; what comes
+    after the prompt's end, or the player's, teaches nothing."""
     cfg = agent.cfg
     with torch.no_grad():
         values, continues = agent.values(h), agent.continue_prob(h)
         rewards = agent.rewards(h, task[:, None])
-        if cfg.once:                    # the event's chance is that of the prompt's being over
+        if cfg.end_on_event:    # the event's chance is that of the prompt's being over
             continues = continues * (1 - rewards.clamp(0, 1))
-        live = F.pad(continues[:, 1:-1].cumprod(1), (1, 0), value=1.0)
-        seen = live > 0.5
-        returns = lambda_returns(rewards, continues, values, cfg.gamma, cfg.lam)[:, :-1]
-        advantages = returns - values[:, :-1]
+        alive = F.pad(continues[:, 1:-1].cumprod(1), (1, 0), value=1.0)     # (B, T)
+        counted = alive > 0.5
+        returns = lambda_returns(rewards, continues, values, cfg.gamma, LAMBDA)[:, :-1]
+        advantages = (returns - values[:, :-1])[counted]
+        returns = returns[counted]
         prior = agent.prior(h[:, :-1], 1)[:, :, 0]
+
     logits = agent.policy(h[:, :-1], 1)[:, :, 0]
-    log_prob = action_log_prob(agent.spec, logits, actions)[seen]
-    kl = action_kl(agent.spec, logits, prior)[seen]
-    returns, advantages = returns[seen], advantages[seen]
-    policy = (pmpo_loss(log_prob, advantages, kl, cfg.pmpo_alpha, cfg.pmpo_beta)
-              if cfg.objective == "pmpo" else
-              advantage_loss(log_prob, advantages, returns, kl, cfg.pmpo_beta))
-    losses = {"policy": policy,
-              "value": value_loss(agent.value(h[:, :-1])[seen][:, 0], returns, agent.bins)}
-    spread = returns.var().clamp_min(1e-8)
-    return losses, {"imagined_reward": (live * rewards[:, 1:]).sum(1).mean(),
-                    "kl_prior": kl.mean().detach(), "entropy": -log_prob.mean().detach(),
+    log_prob = action_log_prob(agent.spec, logits, actions)[counted]
+    kl = action_kl(agent.spec, logits, prior)[counted]
+    value_logits = agent.value(h[:, :-1])[counted][:, 0]
+    losses = {"policy": pmpo_loss(log_prob, advantages, kl, PMPO_ALPHA, cfg.pmpo_beta),
+              "value": value_loss(value_logits, returns, agent.bins)}
+    return losses, {"imagined_reward": (alive * rewards[:, 1:]).sum(1).mean(),
+                    "kl_prior": kl.mean().detach(),
+                    "entropy": -log_prob.mean().detach(),
                     "value_mean": values.mean(),
-                    "value_explained": 1 - advantages.var() / spread,
+                    "value_explained": 1 - advantages.var() / returns.var().clamp_min(1e-8),
                     "positive_share": (advantages >= 0).float().mean()}
 
 
-# --------------------------------------------------------------- devices, reading a trained run
+# -------------------------------------------------------- devices, saved and loaded runs
 
 def pick_device(name="auto"):
     """--device: "auto" is cuda, then mps, then cpu."""
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.ones((), device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -368,27 +379,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_dtype(device, name="auto"):
-    """--dtype: "auto" is bf16 where the hardware has it, fp16 on CUDA without, else fp32."""
-    if name == "auto" and device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if fast else "fp16"
-    if name == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16" if device.type == "cpu" and fast else "fp32"
-    if name not in DTYPES:
-        raise UserError(f"Got --dtype {name}, need auto, bf16, fp16 or fp32.")
-    return name
+    """--dtype: "auto" is bf16 where the hardware has it, fp16 on CUDA without, else
+    fp32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"Got --dtype {name}, need auto, bf16, fp16 or fp32.")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
 def autocast(device, dtype="auto"):
-    """Context in which matrix products run in `dtype`. Parameters, norms and losses stay fp32."""
+    """Matrix products run in `dtype` inside. Parameters, norms and losses stay fp32."""
     dtype = DTYPES[pick_dtype(device, dtype)]
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def freeze(module, device, dtype="auto"):
-    """For use without training: no gradients, and the matrices of linear layers held in the dtype
-    that autocast would cast them to anew in every call."""
+    """For use without training: no gradients, and the matrices of linear layers held in the
+    dtype that autocast would cast them to anew in every call."""
     module.to(device).eval().requires_grad_(False)
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -397,27 +408,42 @@ def freeze(module, device, dtype="auto"):
 
 
 STAGES = ("tokenizer", "dynamics", "agent", "imagine")
-VERSION = 1                 # of checkpoints; those without one are of version 1
-READ_ERRORS = (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError, AttributeError,
-               IndexError, pickle.UnpicklingError, zipfile.BadZipFile)
+VERSION = 2                 # of checkpoints
+READ_ERRORS = (OSError, KeyError, TypeError, RuntimeError, ValueError, EOFError,
+               AttributeError, IndexError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+
+
+def save_checkpoint(path, state, keep=None):
+    """Writes the dict `state` whole or not at all; the file of before gets the name `keep`.
+    UserError where there is no room."""
+    def write(file):
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:       # torch's way to say so
+            raise OSError(error) from None
+    write_whole(path, write, keep)
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint file. UserError where it is damaged, foreign or of another version:
-    torch alone wouldn't notice a changed byte, the sums in the zip file show it."""
+    """The dict in a checkpoint file. UserError where it is damaged, foreign or of another
+    version: torch alone wouldn't notice a changed byte, the sums in the zip file show
+    it."""
     try:
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip():
                 raise ValueError(f"{bad} in it has changed")
         state = torch.load(path, map_location=device, weights_only=True)
         if state.get("version", 1) != VERSION:
-            raise ValueError(f"version {state['version']}, need {VERSION}; commit "
+            raise ValueError(f"version {state.get('version', 1)}, need {VERSION}; commit "
                              f"{state.get('commit')} wrote it")
         return state
     except READ_ERRORS as error:
-        raise UserError(f"Can't read the checkpoint {path} ({type(error).__name__}: "
-                        f"{(str(error) or '?').splitlines()[0]}): restore it, or train that stage "
-                        "again with --resume no.") from None
+        raise UserError(f"Can't read the checkpoint {path} ({first_line(error)}): restore "
+                        "it, or train that stage again with --resume no.") from None
 
 
 @dataclass
@@ -429,43 +455,59 @@ class Run:
     tokenizer: Tokenizer
     dynamics: Dynamics = None
     agent: Agent = None
-    meta: dict = None
+    meta: dict = None           # step, commit, config, dataset, provenance, seconds
 
     @property
     def device(self):
         return self.tokenizer.latent_std.device
 
 
-def load_run(path, stage=None, device="cpu", dtype=None):
-    """Reads runs/NAME (its latest stage, or the one named) or a checkpoint file, in eval mode.
-    With a dtype tokenizer and dynamics are frozen in it, for use without training.
-
-    Raises UserError where there is none, or it can't be read.
-    """
+def find_checkpoint(path, stage=None):
+    """A checkpoint file, or of runs/NAME its latest stage or the one named -> the file."""
     path = Path(path)
-    if path.is_dir() or not path.suffix:
-        found = [s for s in STAGES if (path / f"{s}.pt").exists() and stage in (None, s)]
-        if not found:
-            raise UserError(f"No {stage or 'checkpoint'} in {path}: run 'python train.py --stage "
-                            f"{stage or 'all'} --run {path.name}' first.")
-        path = path / f"{found[-1]}.pt"
+    if path.suffix and not path.is_dir():
+        return path
+    found = [s for s in STAGES if (path / f"{s}.pt").exists() and stage in (None, s)]
+    if not found:
+        raise UserError(f"No {stage or 'checkpoint'} in {path}: run 'python train.py "
+                        f"--stage {stage or 'all'} --run {path.name}' first.")
+    return path / f"{found[-1]}.pt"
+
+
+def build_run(path, state):
+    """The modules of a checkpoint's dict, with their weights."""
+    spec, config = EnvSpec.from_json(state["spec"]), state["config"]
+    names = ("step", "commit", "config", "dataset", "provenance", "seconds")
+    run = Run(path, state["stage"], spec, Tokenizer(TokenizerConfig(**config["tokenizer"])),
+              meta={name: state[name] for name in names if name in state})
+    if "dynamics" in state:
+        run.dynamics = Dynamics(DynamicsConfig(**config["dynamics"]), spec.actions)
+    if "agent" in state:
+        run.agent = Agent(AgentConfig(**config["agent"]), config["dynamics"]["dim"],
+                          spec.actions, len(spec.tasks))
+    for name in ("tokenizer", "dynamics", "agent"):
+        if module := getattr(run, name):
+            module.load_state_dict(state[name])
+    return run
+
+
+def load_run(path, stage=None, device="cpu", dtype=None):
+    """Reads runs/NAME (its latest stage, or the one named) or a checkpoint file, in eval
+    mode. With a dtype tokenizer and dynamics are frozen in it, for use without training.
+
+    UserError where there is none, or it can't be read.
+    """
+    path = find_checkpoint(path, stage)
     state = load_checkpoint(path, device)
     try:
-        spec, cfg = EnvSpec.from_json(state["spec"]), state["config"]
-        run = Run(path, state["stage"], spec, Tokenizer(TokenizerConfig(**cfg["tokenizer"])),
-                  meta={k: state[k] for k in ("step", "commit", "config", "dataset", "made_of",
-                                              "seconds") if k in state})
-        if "dynamics" in state:
-            run.dynamics = Dynamics(DynamicsConfig(**cfg["dynamics"]), spec.actions)
-        if "agent" in state:
-            run.agent = Agent(AgentConfig(**cfg["agent"]), cfg["dynamics"]["dim"], spec.actions,
-                              len(spec.tasks))
-        for name in ("tokenizer", "dynamics", "agent"):
-            if module := getattr(run, name):
-                module.load_state_dict(state[name])
-                freeze(module, device, dtype if dtype and name != "agent" else "fp32")
+        run = build_run(path, state)
     except READ_ERRORS as error:
-        raise UserError(f"Got {path}, which is no checkpoint of this code ({type(error).__name__}: "
-                        f"{(str(error) or '?').splitlines()[0]}): train it again with --resume no, "
-                        "or check out the code that wrote it.") from None
+        raise UserError(f"Got {path}, which is no checkpoint of this code "
+                        f"({first_line(error)}): train it again with --resume no, or check "
+                        "out the code that wrote it.") from None
+    freeze(run.tokenizer, device, dtype or "fp32")
+    if run.dynamics:
+        freeze(run.dynamics, device, dtype or "fp32")
+    if run.agent:
+        freeze(run.agent, device, "fp32")
     return run

@@ -1,11 +1,9 @@
 """Environments, recorded play and the dataset on disk (Dreamer 4, Sections 4.1 and 4.3).
 
 ActionSpec, EnvSpec   what an action and an environment look like
-make_env, VecEnv      Crafter (stands in for Minecraft), or your own class; many in parallel
-CrafterPlayer         a scripted player who sees the whole map (stands in for the contractors)
-Dataset               windows of episodes: half uniform, half relevant to a task (Section 4.1)
+make_env, VecEnv      a world of envs/, or a class of your own; many in parallel
+Dataset               windows of episodes: uniform, or relevant to a task (Section 4.1)
 record, describe      commands (all: python data.py --help)
-MineRL, import_vpt    real Minecraft: play it, import recordings of it, download_vpt gets them
 Time: row t holds the action that LED TO frame t, and what was received on reaching it.
 """
 import argparse
@@ -14,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,68 +22,85 @@ import signal
 import sys
 import types
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1
-TYPES = {"frames": "u1", "binary": "u1", "categorical": "i4", "continuous": "f4",
-         "labelled": "?", "events": "u1", "continues": "u1"}              # on disk; probes: u1
-PROCESSES = multiprocessing.get_context("spawn")                          # fork hurts torch
+VERSION = 2                                         # of what is on disk
+TYPES = {"frames": "u1", "actions": "f4", "labelled": "?", "events": "u1",
+         "continues": "u1"}                         # probes: u1
+ENVS = Path(__file__).parent / "envs"
+PROCESSES = multiprocessing.get_context("spawn")    # fork hurts torch
 
 
 class UserError(ValueError):
-    """What a user can put right. The message says: got, need, do."""
+    """What a user can put right: a message, or the three parts of one."""
+
+    def __init__(self, got, need=None, do=None):
+        super().__init__(f"got {got}; need {need}; do: {do}" if need else got)
 
 
 def keep_buffers():
-    """Let glibc keep big buffers instead of returning them to the system: in an evaluation of
-    dreams on a CPU a third of the time went into getting them back."""
-    for knob, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)) if sys.platform == "linux" else ():
-        ctypes.CDLL(None).mallopt(knob, value)
+    """Let glibc keep big buffers: giving them back and getting them again takes time."""
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
+
+
+def this_command():
+    """What to type to go on with this program."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    words = shlex.join([*(("-m", module.name) if module else sys.argv[:1]), *sys.argv[1:]])
+    words = words.replace(" --resume no", "").replace(" --resume=no", "")
+    n = os.environ.get("WORLD_SIZE")
+    return f"torchrun --nproc_per_node {n} -- {words}" if n else f"python {words}"
 
 
 def run_cli(main):
-    """Run main(); what a user can put right becomes one line and exit code 2, Ctrl-C and SIGTERM
-    one line and 130 and 143."""
+    """Run main(). What a user can put right becomes one line and exit code 2, Ctrl-C and
+    SIGTERM one line and 130 and 143."""
     def stop(number, frame):
         raise KeyboardInterrupt(128 + number)
     try:
         signal.signal(signal.SIGTERM, stop)
         keep_buffers()
-        main()
+        return main()
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        code, line = 2, f"error: {error}"
     except OSError as error:
-        sys.exit(print(f"error: got {error}; need room on the disk and the right to write; do: see "
-                       "to it, then the same command goes on", file=sys.stderr) or 2)
+        code, line = 2, (f"error: got {error}; need room on the disk and the right to "
+                         "write; do: see to it, then the same command goes on")
     except KeyboardInterrupt as signalled:
-        n = os.environ.get("WORLD_SIZE")
-        words = [f"torchrun --nproc_per_node {n} --" if n else "python",
-                 shlex.join(sys.argv).replace(" --resume no", "").replace(" --resume=no", "")]
-        print("interrupted: the same command goes on:", *words, file=sys.stderr)
-        sys.exit(*signalled.args or (130,))
+        code = signalled.args[0] if signalled.args else 130
+        line = f"interrupted: the same command goes on: {this_command()}"
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def check_config(prefix, cfg, zero=(), shares=()):
-    """UserError where a setting has another type than its default, or is out of range: whole
-    numbers count from 1 (those in `zero` from 0), others are finite and from 0 (`shares` to 1)."""
+    """UserError where a setting has another type than its default, or is out of range: int
+    from 1 (those in `zero` from 0), float from 0 (those in `shares` to 1)."""
     for field in fields(cfg):
-        value, kind = getattr(cfg, field.name), field.type
-        low = int(kind is int and field.name not in zero)
-        right = type(value) in (kind, int) if kind is float else type(value) is kind
-        high = 1 if field.name in shares else sys.float_info.max
-        if not right or kind in (int, float) and not low <= value <= high:
-            need = f"{kind.__name__} from {low}" if kind in (int, float) else kind.__name__
-            need += " to 1" * (field.name in shares)
+        value, kind, need = getattr(cfg, field.name), field.type, field.type.__name__
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if kind in (int, float):
+            low = 1 if kind is int and field.name not in zero else 0
+            high = 1 if field.name in shares else sys.float_info.max
+            right = right and low <= value <= high
+            need += f" from {low}" + (" to 1" if field.name in shares else "")
+        if not right:
             raise UserError(f"Got {prefix}.{field.name} {value!r}, need {need}.")
 
 
-def ratio(a, b):
-    return np.sum(a) / max(np.sum(b), 1)
+def rng_for(seed, stage, step):
+    """Randomness without state: the generator of a step >= 0 of a stage (any string)."""
+    return np.random.default_rng([seed, zlib.crc32(stage.encode()), step])
 
 
 def read_json(path):
@@ -92,46 +108,69 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"got no JSON to read in {path} ({error}); need what training wrote there; "
-                        "do: restore it, or delete it and run the command again") from None
+        raise UserError(f"no JSON to read in {path} ({error})", "what was written there",
+                        "restore it, or delete it and run the command again") from None
 
 
-def rng_for(seed, stage, step):
-    """Randomness without state: the generator of step `step` >= 0 of a stage (any string)."""
-    return np.random.default_rng([seed, zlib.crc32(stage.encode()), step])
+def write_json(path, values):
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, lambda file: file.write(json.dumps(values).encode()))
 
+
+def write_whole(path, write, keep=None):
+    """Call write(file) on a temporary name; when all is on disk the file gets its real
+    name, that of before the name `keep`. UserError: no room, no right; nothing is left."""
+    path, part = Path(path), Path(path).with_suffix(".tmp")
+    try:
+        with open(part, "wb") as file:
+            # subtle: np.save to a real file goes through C and hides that the disk is full
+            write(types.SimpleNamespace(write=file.write, seek=file.seek, flush=file.flush))
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"no room or no right to write {path} ({error})", "both", "see to "
+                        "it, then the same command goes on from what was there") from None
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+# ----------------------------------------------------------------- actions and environments
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """An action is {"binary": (nb,), "categorical": (nc,), "continuous": (na,)}, width 0 = none."""
-    binary: int = 0                                           # nb two-way keys
-    categorical: tuple[int, ...] = ()                         # sizes of the nc categorical parts
-    continuous: int = 0                                       # na numbers in [-1, 1]
+    """An action is one float32 row (A,): class indices, then numbers in [-1, 1]."""
+    classes: tuple[int, ...] = ()                   # their sizes; a two-way key has size 2
+    numbers: int = 0
+
+    @property
+    def width(self):
+        return len(self.classes) + self.numbers     # A
 
     def zeros(self, *lead):
-        """No action: uint8 (*lead, nb), int64 (*lead, nc), float32 (*lead, na)."""
-        return {"binary": np.zeros((*lead, self.binary), np.uint8),
-                "categorical": np.zeros((*lead, len(self.categorical)), np.int64),
-                "continuous": np.zeros((*lead, self.continuous), np.float32)}
+        """No action: float32 (*lead, A)."""
+        return np.zeros((*lead, self.width), np.float32)
 
     def sample(self, rng, *lead):
-        """Uniform random actions, shaped like zeros()."""
-        sizes = np.array(self.categorical, np.int64)
-        return {"binary": rng.integers(0, 2, (*lead, self.binary), np.uint8),
-                "categorical": rng.integers(0, sizes, (*lead, len(sizes))),
-                "continuous": rng.uniform(-1, 1, (*lead, self.continuous)).astype(np.float32)}
+        """Uniform random actions: float32 (*lead, A)."""
+        indices = rng.integers(0, np.array(self.classes, int), (*lead, len(self.classes)))
+        numbers = rng.uniform(-1, 1, (*lead, self.numbers))
+        return np.concatenate([indices, numbers], -1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class EnvSpec:
     name: str
-    height: int                                               # of a frame, in pixels
+    height: int                                     # of a frame, in pixels
     width: int
     actions: ActionSpec
-    tasks: tuple[str, ...]                                    # events[:, i] belongs to tasks[i]
-    ladder: tuple[tuple[str, int], ...] = ()                  # prompts: task, times (0 = no end)
-    rungs: tuple[str, ...] = ()                               # tasks that the ladder score counts
-    action_names: tuple[str, ...] = ()                        # of the first categorical part
+    tasks: tuple[str, ...]                          # events[:, i] belongs to tasks[i]
+    prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
+    achievements: tuple[str, ...] = ()              # tasks that agents are scored by
+    action_names: tuple[str, ...] = ()              # of the first class column
 
     def to_json(self):
         return json.loads(json.dumps(asdict(self)))           # lists for tuples
@@ -140,125 +179,193 @@ class EnvSpec:
     def from_json(cls, values):
         def tuples(x):
             return tuple(map(tuples, x)) if isinstance(x, list) else x
-        actions = ActionSpec(**{k: tuples(v) for k, v in values["actions"].items()})
-        return cls(**{**{k: tuples(v) for k, v in values.items()}, "actions": actions})
+        actions = {name: tuples(x) for name, x in values["actions"].items()}
+        values = {name: tuples(x) for name, x in values.items()}
+        return cls(**{**values, "actions": ActionSpec(**actions)})
+
+
+def world_presets():
+    """{name: overrides}: the PRESETS of the files in envs/ that have some."""
+    presets = {}
+    for name in sorted(path.stem for path in ENVS.glob("[a-z]*.py")):
+        if not name.startswith("test_"):
+            presets.update(getattr(importlib.import_module(f"envs.{name}"), "PRESETS", {}))
+    return presets
 
 
 def make_env(name):
-    """The environment "crafter", "minerl" (or "minerl:HxW"), "module:Class"; UserError: none.
+    """The environment "WORLD" or "WORLD:ARGUMENT", which envs/WORLD.py makes, or of an
+    importable "module:Class", called without arguments. UserError: there is none.
 
-    It has: spec; reset(seed) -> frame uint8 (H, W, 3);
-    step(action dict) -> (frame, events (n_tasks,): how often each happened, terminal bool).
-    It may have: keys, {key of the browser game: action name};
-    probe() -> dict of uint8 arrays, ground truth for evaluation only;
-    reader() -> object that reads such symbols off pictures, see CrafterReader;
-    player(rng, skill) -> object whose act() gives the action to record (else: random play).
+    It has: spec; reset(seed) -> frame uint8 (H, W, 3); step(action float32 (A,)) -> frame,
+    events (n_tasks,): how often each happened, terminal. It may have:
+    keys      {key of the browser game: action name}
+    player    (rng, skill) -> object whose act() is the action to record (else: random play)
+    skills    {name: share of the recorded episodes} of that player
+    probe     () -> dict of uint8 arrays, ground truth for evaluation only
+    reader    () -> object that reads frames: compare(frames, true, shown=None) ->
+              {measure: (a (N,), b (N,))}, reported as sum a / sum b; frames uint8
+              (N, H, W, 3), dreamed or reconstructed; true: probes of the real ones, dict of
+              (N, ...); shown: those of the last frame shown, None for reconstructions
     """
-    if name.split(":")[0] == "minerl":
-        from envs.minecraft import MineRL, parse_size
-        return MineRL(*parse_size(name[7:] or "128x128"))
-    module, _, cls = ("envs.crafter:Crafter" if name == "crafter" else name).partition(":")
+    head, _, argument = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), cls)()
+        if (ENVS / f"{head}.py").is_file():
+            return importlib.import_module(f"envs.{head}").make(argument)
+        return getattr(importlib.import_module(head), argument)()
+    except UserError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"got environment {name!r} ({error}); need 'crafter', 'minerl' or an "
-                        "importable 'module:Class'; do: check it, pip install what is missing")
+        raise UserError(f"environment {name!r} ({error})", "a world of envs/ or an "
+                        "importable 'module:Class'", "check it, install what is missing"
+                        ) from None
 
 
 def controls(env):
-    """What a person can press: dicts of label, key, part, index, value. Without `keys` an action
-    gets an arrow by its name, or the next free letter."""
-    spec, keys = env.spec, {name: key for key, name in getattr(env, "keys", {}).items()}
-    sizes = spec.actions.categorical[:1]
-    names = spec.action_names or [f"action {i}" for i in range(sum(sizes))]
-    found = [(f"key {i}", "binary", i, 1) for i in range(spec.actions.binary)]
-    found += [(name, "categorical", 0, i) for i, name in enumerate(names)]
-    free = iter("1234567890qertyuiopfghjklzxcvbnm" if not keys else "")
-    for name, *_ in found:
-        arrow = [f"Arrow{x}" for x in ("Left", "Right", "Up", "Down") if x.lower() in name]
-        if name not in keys and name != "noop":
-            keys[name] = arrow[0] if arrow and arrow[0] not in keys.values() else next(free, "")
-    return [{"label": name, "key": keys.get(name, ""), "part": part, "index": index, "value": value}
-            for name, part, index, value in found]
+    """What a person can press: dicts of label, key ("": none), column and value. A two-way
+    key is one of them, any other class column has one for each class. Without env.keys a
+    label gets its arrow, or the next free letter."""
+    found, keys, actions = [], itertools.count(), itertools.count()
+    for i, size in enumerate(env.spec.actions.classes):
+        if i == 0 and env.spec.action_names:
+            found += [(name, i, value) for value, name in enumerate(env.spec.action_names)]
+        elif size == 2:
+            found.append((f"key {next(keys)}", i, 1))
+        else:
+            found += [(f"action {next(actions)}", i, value) for value in range(size)]
+    key_of = {label: key for key, label in getattr(env, "keys", {}).items()}
+    free = iter("" if key_of else "1234567890qertyuiopfghjklzxcvbnm")
+    for label, _, _ in found:
+        arrows = [f"Arrow{way}" for way in ("Left", "Right", "Up", "Down")
+                  if way.lower() in label and f"Arrow{way}" not in key_of.values()]
+        if label not in key_of and label != "noop":
+            key_of[label] = arrows[0] if arrows else next(free, "")
+    return [{"label": label, "key": key_of.get(label, ""), "column": i, "value": value}
+            for label, i, value in found]
 
 
 def copy_env(env):
     """A copy of an environment to try things in; None where it can't be copied."""
+    modules = {id(module): module for module in list(sys.modules.values())}    # stay as one
     try:
-        return copy.deepcopy(env, {id(m): m for m in list(sys.modules.values())})
-    except Exception:                                         # processes, sockets, windows, ...
+        return copy.deepcopy(env, modules)
+    except Exception:                               # processes, sockets, windows, ...
         return None
 
 
-def can_copy(name):
-    """Whether an environment can be copied while it is played."""
-    env = make_env(name)
-    env.reset(0)
-    return copy_env(env) is not None
+# -------------------------------------------------------------------------------- processes
+
+def serve(pipe, function):
+    """A worker: answers args with function(*args), or with what went wrong there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent ends us
+    with suppress(EOFError, BrokenPipeError):       # the parent closed the pipe, or died
+        while True:
+            args = pipe.recv()
+            try:
+                pipe.send(function(*args))
+            except Exception as error:
+                pipe.send(error)
 
 
-def start_workers(target, jobs):
-    """A process per job that runs target(pipe, *job) -> (processes, our ends of the pipes)."""
-    pairs = [PROCESSES.Pipe() for _ in jobs]
-    processes = []
-    for (_, theirs), job in zip(pairs, jobs, strict=True):
-        processes.append(PROCESSES.Process(target=target, args=(theirs, *job), daemon=True))
-        processes[-1].start()
-        theirs.close()                                        # so that a dead worker reads as EOF
-    return processes, [ours for ours, _ in pairs]
+def start_workers(functions):
+    """A process for each function -> processes, our ends of their pipes."""
+    processes, pipes = [], []
+    for function in functions:
+        ours, theirs = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=serve, args=(theirs, function), daemon=True)
+        process.start()
+        theirs.close()                              # so that a dead worker reads as EOF
+        processes.append(process)
+        pipes.append(ours)
+    return processes, pipes
 
 
-def env_worker(pipe, name, seeds):
-    """Answers None with fresh frames, actions with (frames, events, terminal)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    envs, fresh = [make_env(name) for _ in seeds], []
-    while True:
-        try:
-            actions = pipe.recv()
-        except EOFError:                                      # the parent closed, or died
-            return
-        events = np.zeros((len(envs), len(envs[0].spec.tasks)), np.uint8)
-        if actions is None and fresh and all(fresh):          # sooner copied than made again
-            envs, frames = [copy_env(env) for env in fresh], first.copy()
-        elif actions is None:
-            frames = np.stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)])
-            fresh, first = [copy_env(env) for env in envs], frames.copy()
+def receive(pipe):
+    """What a worker answers. Raises what went wrong there."""
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        raise UserError("a worker that died (memory?)", "it", "use fewer --workers"
+                        ) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def count_workers(workers, jobs):
+    """`workers`, or (0) one for each core that we may use; no more than there are jobs."""
+    if workers <= 0:
+        affinity = getattr(os, "sched_getaffinity", None)     # only where Linux has it
+        workers = len(affinity(0)) if affinity else os.cpu_count()
+    return min(workers, jobs)
+
+
+def work(function, jobs, workers=0):
+    """Yields each job with function(*job), from worker processes (0: one for each core)."""
+    processes, free = start_workers([function] * count_workers(workers, len(jobs)))
+    todo, busy = list(jobs), {}
+    try:
+        while todo or busy:
+            while todo and free:
+                pipe = free.pop()
+                busy[pipe] = todo.pop(0)
+                pipe.send(busy[pipe])
+            for pipe in wait(list(busy)):
+                free.append(pipe)
+                answer = receive(pipe)
+                yield busy.pop(pipe), answer
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+class Worlds:
+    """The environments of one worker: None resets them, actions (n, A) step them."""
+
+    def __init__(self, name, seeds):
+        self.name, self.seeds, self.envs = name, seeds, []
+
+    def __call__(self, actions):
+        self.envs = self.envs or [make_env(self.name) for _ in self.seeds]
+        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
         if actions is None:
-            terminal = np.zeros(len(envs), bool)
-        for i in np.flatnonzero(~terminal) if actions else ():
-            frames[i], events[i], terminal[i] = envs[i].step({k: v[i] for k, v in actions.items()})
-        pipe.send((frames, events, terminal))
+            pairs = zip(self.envs, self.seeds, strict=True)
+            self.frames = np.stack([env.reset(seed) for env, seed in pairs])
+            self.terminal = np.zeros(len(self.envs), bool)
+        else:
+            for i in np.flatnonzero(~self.terminal):
+                self.frames[i], events[i], self.terminal[i] = self.envs[i].step(actions[i])
+        return self.frames, events, self.terminal
 
 
 class VecEnv:
-    """N environments, one per seed, in worker processes (0 = one per core), which start at the
-    first reset. Every reset begins the same episodes.
-
-    A finished environment is not stepped any more: it repeats its last frame, without events.
-    """
+    """N environments, one per seed, in worker processes (0 = one per core), which start at
+    the first reset. Every reset begins the same episodes. A finished environment is not
+    stepped any more: it repeats its last frame, without events."""
 
     def __init__(self, name, seeds, workers=0):
-        self.name, self.seeds, self.spec = name, seeds, make_env(name).spec
-        self.workers = min(workers or os.cpu_count(), len(seeds))
-        self.parts = np.array_split(np.arange(len(seeds)), self.workers)
+        self.name, self.seeds, self.spec = name, np.array(seeds), make_env(name).spec
+        n = count_workers(workers, len(seeds))
+        self.parts = np.array_split(np.arange(len(seeds)), n)
         self.processes, self.pipes = [], []
 
-    def _exchange(self, messages):
+    def exchange(self, messages):
         for pipe, message in zip(self.pipes, messages, strict=True):
-            pipe.send(message)
-        return tuple(map(np.concatenate, zip(*[pipe.recv() for pipe in self.pipes], strict=True)))
+            pipe.send((message,))
+        answers = [receive(pipe) for pipe in self.pipes]
+        return tuple(np.concatenate(parts) for parts in zip(*answers, strict=True))
 
     def reset(self):
         """-> frames uint8 (N, H, W, 3)."""
         if not self.processes:
-            jobs = [(self.name, [int(self.seeds[i]) for i in part]) for part in self.parts]
-            self.processes, self.pipes = start_workers(env_worker, jobs)
-        return self._exchange([None] * len(self.parts))[0]
+            worlds = [Worlds(self.name, self.seeds[part].tolist()) for part in self.parts]
+            self.processes, self.pipes = start_workers(worlds)
+        return self.exchange([None] * len(self.parts))[0]
 
     def step(self, actions):
-        """dict of (N, ...) -> frames (N, H, W, 3), events uint8 (N, n_tasks), terminal (N,)."""
-        return self._exchange([{k: np.asarray(v)[part] for k, v in actions.items()}
-                               for part in self.parts])
+        """actions (N, A) -> frames (N, H, W, 3), events (N, n_tasks), terminal (N,)."""
+        return self.exchange([np.asarray(actions)[part] for part in self.parts])
 
     def __enter__(self):
         return self
@@ -269,427 +376,375 @@ class VecEnv:
             process.join()
 
 
+# ------------------------------------------------------------------------- episodes on disk
+
+class Episode(NamedTuple):
+    """T rows; row t: the action that led to frame t, what was received on reaching it."""
+    frames: np.ndarray                              # uint8 (T, H, W, 3)
+    actions: np.ndarray                             # (T, A)
+    events: np.ndarray                              # (T, n_tasks)
+    continues: np.ndarray                           # (T,), 0 on a terminal frame
+    labelled: np.ndarray | None = None              # (T,), has an action; None: not row 0
+    probes: dict | None = None                      # of uint8 (T, ...)
+
+
 def episode_path(folder, index):
     return Path(folder) / f"episode_{index:05d}.npy"
 
 
-def write_whole(path, write, keep=None):
-    """Call write(file) on a temporary name; the real name appears when all of it is on disk, and
-    the file of before gets the name `keep`. UserError where the disk is full or read-only: nothing
-    is left of the attempt."""
-    part = path.with_suffix(".tmp")
-    try:
-        with open(part, "wb") as file:
-            # subtle: given a real file, np.save writes through C and on a full disk says nothing
-            write(types.SimpleNamespace(write=file.write, seek=file.seek, flush=file.flush))
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"got no room or no right to write {path} ({error}); need both; do: see to "
-                        "it, then the same command goes on from what was written before") from None
-    finally:
-        if part.is_file():
-            part.unlink()
-
-
-def write_episode(folder, index, frames, actions, events, continues, labelled=None, probes=None):
-    """Write an episode of T rows; row t: the action that led to frame t. UserError: lengths differ.
-
-    frames uint8 (T, H, W, 3), actions dict of (T, width), events (T, n_tasks), continues (T,): 0 on
-    a terminal frame, labelled (T,): has an action (default: all but row 0), probes: dict.
-    """
-    labelled = np.arange(len(frames)) > 0 if labelled is None else labelled
-    columns = {"frames": frames, **actions, "labelled": labelled, "events": events,
-               "continues": continues, **(probes or {})}
-    if len({len(c) for c in columns.values()}) > 1:
-        raise UserError(f"got { {k: len(c) for k, c in columns.items()} } rows; need as many of "
-                        "each; do: pad or cut")
-    columns = {k: np.asarray(c, TYPES.get(k, "u1")) for k, c in columns.items()}
-    columns = {k: c for k, c in columns.items() if c.size}    # npy files know no zero widths
-    rows = np.empty(len(frames), [(k, c.dtype, c.shape[1:]) for k, c in columns.items()])
-    for name, column in columns.items():
-        rows[name] = column
+def write_episode(folder, index, episode):
+    """Write an Episode. UserError: its fields differ in length."""
+    columns = {**episode._asdict(), **(episode.probes or {})}
+    del columns["probes"]
+    if episode.labelled is None:
+        columns["labelled"] = np.arange(len(episode.frames)) > 0
+    lengths = {name: len(x) for name, x in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{lengths} rows", "as many of each", "pad or cut")
+    columns = {name: np.asarray(x, TYPES.get(name, "u1")) for name, x in columns.items()}
+    columns = {name: x for name, x in columns.items() if x.size}  # npy knows no zero widths
+    kinds = [(name, x.dtype, x.shape[1:]) for name, x in columns.items()]
+    rows = np.empty(len(episode.frames), kinds)
+    for name, x in columns.items():
+        rows[name] = x
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(episode_path(folder, index), lambda file: np.save(file, rows))
 
 
 def column(rows, name):
     """A field of rows, (*rows.shape, ...); fields of width zero are not in the file."""
-    return rows[name] if name in rows.dtype.names else np.zeros((*rows.shape, 0), TYPES[name])
+    if name in rows.dtype.names:
+        return rows[name]
+    return np.zeros((*rows.shape, 0), TYPES[name])
 
 
 def open_episode(path, spec):
-    """The rows of an episode as a memory map. UserError: missing, cut off, or not of this spec."""
-    nb, sizes, na = asdict(spec.actions).values()
-    shapes = {"frames": (spec.height, spec.width, 3), "binary": (nb,), "categorical": (len(sizes),),
-              "continuous": (na,), "events": (len(spec.tasks),), "labelled": (), "continues": ()}
+    """The rows of an episode, memory-mapped. UserError: missing, cut off, or foreign."""
+    shapes = {"frames": (spec.height, spec.width, 3), "actions": (spec.actions.width,),
+              "events": (len(spec.tasks),), "labelled": (), "continues": ()}
     try:
         rows = np.load(path, mmap_mode="r")
         for name, shape in shapes.items():
             got = column(rows, name)
             if got.shape != (len(rows), *shape) or got.dtype != TYPES[name]:
-                raise ValueError(f"{name}: {got.dtype}{got.shape}, need {TYPES[name]}{shape}")
+                raise ValueError(f"{name} {got.shape} {got.dtype}, not {shape}")
         return rows
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"got no whole episode in {path} ({error}); need all of its rows; "
-                        "do: delete that file if it is there, and record or import it again")
+        raise UserError(f"no whole episode in {path} ({error})", "all of its rows", "delete"
+                        " that file if it is there, record or import it again") from None
 
 
 def check_episode(path, rows, spec):
     """UserError when the rows can't be true."""
-    sizes = np.array(spec.actions.categorical, np.int64)
-    category, number = column(rows, "categorical"), column(rows, "continuous")
+    sizes = np.array(spec.actions.classes, int)
+    index, number = np.split(column(rows, "actions"), [len(sizes)], 1)
     faults = {"row 0 has an action": rows["labelled"][0],
               "row 0 has an event": column(rows, "events")[0].any(),
               "it ends before its last row": not rows["continues"][:-1].all(),
-              "a category out of range": ((category < 0) | (category >= sizes)).any(),
-              "a number outside [-1, 1]": not (np.abs(number) <= 1).all(),
-              "a key other than 0 and 1": (column(rows, "binary") > 1).any()}
-    if found := [text for text, there in faults.items() if there]:
-        raise UserError(f"got {path}: {found[0]}; need rows as write_episode says; do: correct "
-                        "them")
+              "a class out of range": ((index < 0) | (index >= sizes)).any(),
+              "a class that is not whole": (index != np.floor(index)).any(),
+              "a number outside [-1, 1]": not (np.abs(number) <= 1).all()}
+    for fault, found in faults.items():
+        if found:
+            raise UserError(f"{path}: {fault}", "rows as Episode describes", "correct them")
 
 
-def write_about(folder, spec, settings, **more):
-    about = {"version": VERSION, "spec": spec.to_json(), "settings": settings, **more}
-    write_whole(Path(folder) / "dataset.json", lambda f: f.write(json.dumps(about).encode()))
+def write_about(folder, spec, settings, complete=False, command=None, found=None):
+    """Write dataset.json. command: what completes it; found: what finish_dataset finds."""
+    about = {"version": VERSION, "spec": spec.to_json(), "settings": settings,
+             "complete": complete, "command": command, **(found or {})}
+    write_json(Path(folder) / "dataset.json", about)
 
 
 def read_about(folder):
+    """The values of dataset.json. UserError: missing, damaged, or of another version."""
     try:
         about = json.loads((Path(folder) / "dataset.json").read_text())
         if about["version"] != VERSION:
-            raise ValueError(f"version {about['version']}, not {VERSION}")
-        needed = {"settings", *(("lengths", "events", "content") if about["complete"] else ())}
-        if lacks := sorted(needed - set(about)):
+            raise ValueError(f"version {about['version']}, not {VERSION}: record it again")
+        needed = ("lengths", "events", "content") if about["complete"] else ()
+        if lacks := sorted({"settings", *needed} - set(about)):
             raise ValueError(f"it lacks {lacks}")
         EnvSpec.from_json(about["spec"])
         return about
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"got {folder} without a dataset.json to read ({error}); need a dataset; "
-                        f"do: 'python data.py record --out {folder}', or correct the path")
+        raise UserError(f"{folder} without a dataset.json to read ({error})", "a dataset",
+                        f"'python data.py record --out {folder}', or correct the path"
+                        ) from None
 
 
 def finish_dataset(folder, spec, settings):
-    """Check all episodes, then write dataset.json; settings["skills"] may name each one's skill."""
+    """Check all episodes, then write dataset.json. settings["skills"] may name theirs."""
     content, lengths, events, crc = hashlib.sha256(), [], [], []
-    for index in range(len(list(Path(folder).glob("episode_*.npy")))):
-        path = episode_path(folder, index)
+    for i in range(len(list(Path(folder).glob("episode_*.npy")))):
+        path = episode_path(folder, i)
         rows = open_episode(path, spec)
         check_episode(path, rows, spec)
-        content.update(np.memmap(path, np.uint8, "r"))        # may be larger than the memory
+        content.update(np.memmap(path, np.uint8, "r"))
         lengths.append(len(rows))
         crc.append(zlib.crc32(rows.view(np.uint8)))
-        events += [[index, int(t), int(i)] for t, i in np.argwhere(column(rows, "events"))]
-    write_about(folder, spec, settings, complete=True, lengths=lengths, events=events, crc=crc,
-                content=content.hexdigest())
+        happened = np.argwhere(column(rows, "events")).tolist()
+        events += [[i, t, task] for t, task in happened]
+    write_about(folder, spec, settings, complete=True, found={
+        "lengths": lengths, "events": events, "crc": crc, "content": content.hexdigest()})
+
+
+# ---------------------------------------------------------------------- windows of episodes
+
+class Windows(NamedTuple):
+    """Which windows of a dataset to draw."""
+    length: int                                     # rows
+    relevant: bool = False                          # windows with an event, else all
+    split: str = "train"
+    ahead: tuple[int, int] | None = None            # its first and last row; None: 1 .. end
+    tasks: tuple[int, ...] = ()                     # indices of tasks to draw; (): of all
+    first: int | None = None                        # of the first episodes; None: of all
 
 
 class Dataset:
     """A complete dataset, memory-mapped. UserError: missing, incomplete, damaged, empty.
 
-    spec, lengths (n,), skills (n names), fingerprint (sha256 of the episodes), frames_total,
-    offsets (n + 1,): first frame of each episode in their concatenation,
+    spec, lengths (n,), skills (n names), settings, fingerprint (sha256 of the episodes),
+    frames_total, offsets (n + 1,): first frame of each episode in their concatenation,
     events (E, 3): episode, row and task of each event.
     """
 
     def __init__(self, path):
         self.path, about = Path(path), read_about(path)
         if not about["complete"]:
-            raise UserError(f"got {path}, incomplete; need all episodes; do: '{about['command']}'")
+            raise UserError(f"{path}, incomplete", "all episodes", f"'{about['command']}'")
         if not about["lengths"]:
-            raise UserError(f"got {path} without episodes; need at least one; do: record")
-        self.spec, self.fingerprint = EnvSpec.from_json(about["spec"]), about["content"]
-        self.lengths = np.array(about["lengths"])
+            raise UserError(f"{path} without episodes", "at least one", "record")
+        self.spec, self.settings = EnvSpec.from_json(about["spec"]), about["settings"]
+        self.fingerprint, self.lengths = about["content"], np.array(about["lengths"])
         self.events = np.array(about["events"], np.int64).reshape(-1, 3)
-        self.settings = about["settings"]
         self.skills = self.settings.get("skills") or ["-"] * len(self.lengths)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         self.frames_total = int(self.offsets[-1])
-        self.crc = dict(enumerate(about.get("crc", ())))      # of the episodes still to be checked
+        self.crc = dict(enumerate(about.get("crc", ())))      # of those still to be checked
         for i, length in enumerate(self.lengths):
             n = len(open_episode(episode_path(self.path, i), self.spec))
             if n != length:
-                raise UserError(f"got {n} frames in {episode_path(self.path, i)}; need {length}; "
-                                "do: restore the file or record again")
-        self.rows = functools.lru_cache(256)(self.rows)       # bounds the number of open files
-        self.fitting, self.showing = map(functools.cache, (self.fitting, self.showing))
+                raise UserError(f"{n} frames in {episode_path(self.path, i)}", length,
+                                "restore the file or record again")
+        self.rows = functools.lru_cache(256)(self.rows)       # bounds the open files
+        self.windows_with_event = functools.cache(self.windows_with_event)
 
     def rows(self, i):
-        """Memory map of episode i. UserError when its bytes have changed (seen at first use)."""
+        """Memory map of episode i. UserError when its bytes have changed (at first use)."""
         path = episode_path(self.path, i)
-        rows, crc = open_episode(path, self.spec), self.crc.pop(i, None)
-        if crc is not None and crc != zlib.crc32(rows.view(np.uint8)):
-            self.crc[i] = crc
-            raise UserError(f"got changed bytes in {path}; need those that were recorded; do: "
+        rows = open_episode(path, self.spec)
+        if i in self.crc and self.crc[i] != zlib.crc32(rows.view(np.uint8)):
+            raise UserError(f"changed bytes in {path}", "those that were recorded",
                             "restore that file, or delete it and record or import it again")
+        self.crc.pop(i, None)
         return rows
 
     def episodes(self, split):
         """Indices of "train", "valid" (every 20th; the last of fewer than 20) or "all"."""
         every = np.arange(len(self.lengths))
-        valid = (every % 20 == 19) | ((every == len(every) - 1) & (1 < len(every) < 20))
+        valid = every % 20 == 19
+        valid[-1] |= 1 < len(every) < 20
         return every[{"train": ~valid, "valid": valid, "all": every >= 0}[split]]
 
-    def fitting(self, length, split, first):
-        """Indices of the `first` episodes of a split (None: all) that have `length` rows."""
-        episodes = self.episodes(split)
-        return episodes[(self.lengths[episodes] >= length) & (
-            episodes < (len(self.lengths) if first is None else first))]
+    def long_enough(self, windows):
+        """Indices of the episodes that have such windows."""
+        episodes = self.episodes(windows.split)
+        first = len(self.lengths) if windows.first is None else windows.first
+        return episodes[(self.lengths[episodes] >= windows.length) & (episodes < first)]
 
-    def showing(self, length, split, first, low, high, tasks):
-        """Of the `events`, in order of their tasks, those that a window of `length` rows can have
-        in one of its rows low .. high; for each task that is left its first index, and how many."""
-        episode, row, kind = self.events.T
-        fits = (row >= low) & (row - high <= self.lengths[episode] - length)
-        events = self.events[fits & np.isin(episode, self.fitting(length, split, first))
-                             & (np.isin(kind, tasks) | (len(tasks) == 0))]
+    def windows_with_event(self, windows):
+        """Of the `events`, in order of their tasks, those that such a window can have in
+        its rows `ahead`; for each task that is left its first index, and how many."""
+        low, high = windows.ahead or (1, windows.length - 1)
+        episode, row, task = self.events.T
+        fits = (row >= low) & (row - high <= self.lengths[episode] - windows.length)
+        fits &= np.isin(episode, self.long_enough(windows))
+        fits &= np.isin(task, windows.tasks or task)
+        events = self.events[fits]
         events = events[np.argsort(events[:, 2], kind="stable")]
         return events, *np.unique(events[:, 2], return_index=True, return_counts=True)[1:]
 
-    def sample(self, rng, n, length, relevant=False, split="train", ahead=None, tasks=(),
-               first=None):
-        """Draw n windows of `length` rows inside episodes (the `first` ones, of those that the
-        split has) -> episode, start, task: int64 (n,).
+    def sample(self, rng, n, windows):
+        """Draw n windows inside episodes -> episode, start, task: int64 (n,).
 
-        Uniform: over all windows, with a random task. Relevant: a task uniformly among those that
-        happen, one of its events, a window with that event in one of its rows `ahead`, (first,
-        last), default (1, length - 1); the last may lie behind the window's end. tasks: indices,
-        draw these alone.
+        Uniform: over all windows, with a random task. Relevant: a task uniformly among
+        those that happen, one of its events, a window with that event in one of its rows
+        `ahead` (first, last); the last may lie behind the window's end.
         """
-        episodes = self.fitting(length, split, first)
+        windows = windows._replace(tasks=tuple(windows.tasks))
+        episodes = self.long_enough(windows)
         if not len(episodes):
-            raise UserError(f"got windows of {length} frames for {split!r} of {self.path}; need "
-                            f"episodes as long, not {self.lengths.max()}; do: shorten the windows")
-        if not relevant:
-            ends = np.cumsum(self.lengths[episodes] - length + 1)
-            number = rng.integers(0, ends[-1], n)             # of a window, in their concatenation
-            which = np.searchsorted(ends, number, side="right")
-            start = ends[which] - 1 - number                  # counts down from the last window
-            return episodes[which], start, rng.choice(
-                np.array(tasks or range(max(1, len(self.spec.tasks)))), n)
-        low, high = ahead or (1, length - 1)
-        events, begin, count = self.showing(length, split, first, low, high, tuple(tasks))
+            raise UserError(f"windows of {windows.length} frames for {windows.split!r} of "
+                            f"{self.path}", f"episodes as long, not {self.lengths.max()}",
+                            "shorten the windows")
+        if windows.relevant:
+            return self.sample_relevant(rng, n, windows)
+        ends = np.cumsum(self.lengths[episodes] - windows.length + 1)
+        number = rng.integers(0, ends[-1], n)       # of a window, in their concatenation
+        which = np.searchsorted(ends, number, side="right")
+        start = ends[which] - 1 - number            # counts down from the last window
+        tasks = np.array(windows.tasks or range(max(1, len(self.spec.tasks))))
+        return episodes[which], start, rng.choice(tasks, n)
+
+    def sample_relevant(self, rng, n, windows):
+        low, high = windows.ahead or (1, windows.length - 1)
+        events, begin, count = self.windows_with_event(windows)
         if not len(events) or high < low:
-            raise UserError(f"got {len(events)} events for relevant windows of {length} frames; "
-                            "need an event and 2 frames; do: record more, or sample uniformly")
+            raise UserError(f"{len(events)} events for windows of {windows.length} frames",
+                            "an event and 2 frames", "record more, or sample uniformly")
         which = rng.integers(len(begin), size=n)
         episode, row, task = events[begin[which] + rng.integers(count[which])].T
-        last = np.minimum(row - low, self.lengths[episode] - length)
+        last = np.minimum(row - low, self.lengths[episode] - windows.length)
         return episode, rng.integers(np.maximum(0, row - high), last + 1), task
 
     def read(self, episode, start, length, fields=None):
-        """Windows -> dict of arrays (n, length, ...): all fields but the probes, or `fields`."""
-        kinds = {"categorical": np.int64, "continues": np.float32}
-        windows = [self.rows(int(e))[s: s + length] for e, s in zip(episode, start, strict=True)]
-        batch = {k: np.stack([column(rows, k) for rows in windows])
-                 for k in fields or TYPES}
-        return {k: v.astype(kinds.get(k, v.dtype), copy=False) for k, v in batch.items()}
+        """Windows -> dict of arrays (n, length, ...): `fields`, or all but the probes."""
+        pairs = zip(episode, start, strict=True)
+        windows = [self.rows(int(i))[t: t + length] for i, t in pairs]
+        batch = {name: np.stack([column(rows, name) for rows in windows])
+                 for name in fields or TYPES}
+        if "continues" in batch:
+            batch["continues"] = batch["continues"].astype(np.float32)
+        return batch
 
     def episode(self, i):
         """All fields of an episode: dict of arrays (T, ...), views of the memory map."""
         rows = self.rows(int(i))
-        return {k: column(rows, k) for k in {**TYPES, **rows.dtype.fields}}
+        return {name: column(rows, name) for name in {**TYPES, **rows.dtype.fields}}
 
+
+# -------------------------------------------------------------------------------- recording
 
 def play_episode(env, seed, index, length, skill):
-    """Play -> the arguments of write_episode from `frames` on; at most `length` frames."""
+    """Play at most `length` frames of the world seed + index -> Episode."""
     rng, probe = rng_for(seed, "player", index), getattr(env, "probe", dict)
-    rows = [(env.reset(seed + index), env.spec.actions.zeros(),
-             np.zeros(len(env.spec.tasks), bool), True, probe())]
+    no_event = np.zeros(len(env.spec.tasks), bool)
+    rows = [(env.reset(seed + index), env.spec.actions.zeros(), no_event, True, probe())]
     player = env.player(rng, skill) if hasattr(env, "player") else None
-    while len(rows) < length and rows[-1][3]:
+    continues = True
+    while continues and len(rows) < length:
         action = player.act() if player else env.spec.actions.sample(rng)
         frame, events, terminal = env.step(action)
-        rows.append((frame, action, np.asarray(events) > 0, not terminal, probe()))
-    frames, actions, events, continues, probes = zip(*rows, strict=True)
-    actions, probes = ({k: [d[k] for d in dicts] for k in dicts[0]} for dicts in (actions, probes))
-    return frames, actions, events, continues, None, probes
+        continues = not terminal
+        rows.append((frame, action, np.asarray(events) > 0, continues, probe()))
+    *columns, probes = zip(*rows, strict=True)
+    probes = {name: np.stack([probe[name] for probe in probes]) for name in probes[0]}
+    return Episode(*map(np.stack, columns), probes=probes)
 
 
-def branch_off(name, seed, actions, branches):
-    """Play a world by its recorded actions (T, .), and from the frames in `branches`, a list of
-    (t, other actions (n, .)), by other ones: a list of frames uint8 (n, H, W, 3) and their events
-    (n, tasks). A film stands still where its world has ended."""
-    env, films = make_env(name), {}
-    frame = env.reset(seed)
-    for t in range(max(t for t, _ in branches) + 1):
-        if t:
-            frame = env.step({k: x[t] for k, x in actions.items()})[0]
-        for i in (i for i, (point, _) in enumerate(branches) if point == t):
-            fork, film, events, terminal = copy_env(env), [frame], [], False
-            if fork is None:
-                raise UserError(f"got {name}, which can't be copied; need that to try other "
-                                "actions in it; do: leave this measure out")
-            for action in zip(*branches[i][1].values(), strict=True):
-                done = np.zeros(len(env.spec.tasks), np.uint8)
-                if not terminal:
-                    there, done, terminal = fork.step(dict(zip(actions, action, strict=True)))
-                film.append(there), events.append(done)
-            films[i] = np.stack(film[1:]), np.stack(events)
-    return [films[i] for i in range(len(branches))]
+def record_one(out, name, index, seed, length, skill):
+    """Record an episode -> its length."""
+    episode = play_episode(make_env(name), seed, index, length, skill)
+    write_episode(out, index, episode)
+    return len(episode.frames)
 
 
-def worker(pipe, function, jobs):
-    """Sends function(*job) of each job, or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)              # the parent ends us
-    try:
-        for job in jobs:
-            pipe.send(function(*job))
-    except Exception as error:
-        pipe.send(error)
+def choose_skills(env, episodes, seed, skill):
+    """The skill of each episode: `skill`, or drawn by the shares; "-": there is none."""
+    shares = getattr(env, "skills", {})
+    if skill and skill not in shares:
+        raise UserError(f"--skill {skill}", f"one of {list(shares)}", "correct it")
+    if skill or not shares:
+        return [skill or "-"] * episodes
+    names, p = list(shares), list(shares.values())
+    return [str(rng_for(seed, "skill", i).choice(names, p=p)) for i in range(episodes)]
 
 
-def work(function, jobs, workers):
-    """Yields each job with function(*job), from worker processes (0: one for each core)."""
-    n = min(max(workers, 0) or os.cpu_count(), len(jobs))
-    processes, pipes = start_workers(worker, [(function, jobs[i::n]) for i in range(n)])
-    left = {pipe: jobs[i::n] for i, pipe in enumerate(pipes)}
-    try:
-        while any(left.values()):
-            for pipe in wait([pipe for pipe in left if left[pipe]]):
-                got = pipe.recv()
-                if isinstance(got, Exception):
-                    raise got
-                yield left[pipe].pop(0), got
-    except EOFError:
-        raise UserError("got a worker that died (memory?); need it; do: use fewer --workers")
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def record_one(out, name, i, seed, length, skill):
-    """Records episode i -> its length."""
-    episode = play_episode(make_env(name), seed, i, length, skill)
-    write_episode(out, i, *episode)
-    return len(episode[0])
-
-
-def begin(spec, out, settings):
-    """Refuse other settings than the folder's, and too small a disk -> episodes to do or None."""
-    old = {"settings": settings, "complete": False}
-    if (out / "dataset.json").is_file():
-        old = read_about(out)
-    for key in (key for key in settings if settings[key] != old["settings"].get(key)):
-        raise UserError(f"got {key} = {settings[key]} for {out}, begun with "
-                        f"{old['settings'].get(key)}; need the same; do: use another --out")
+def begin_recording(spec, out, settings):
+    """Refuse other settings than the folder's, and too small a disk -> episodes to do."""
+    old = read_about(out) if (out / "dataset.json").is_file() else {"settings": settings}
+    for name, value in settings.items():
+        begun = old["settings"].get(name)
+        if value != begun:
+            raise UserError(f"{name} = {value} for {out}, begun with {begun}", "the same",
+                            "use another --out")
     todo = []
-    for i in range(settings["episodes"]):
+    for index in range(settings["episodes"]):
         try:
-            open_episode(episode_path(out, i), spec)
-        except UserError:
-            todo.append(i)
-    if old["complete"] and not todo:
-        return print(f"{out} is complete")
-    need = len(todo) * settings["length"] * (3 * spec.height * spec.width + 128)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{out}: {len(todo)} episodes to record, at most {need / 1e6:.0f} MB", flush=True)
-    if shutil.disk_usage(out).free < need:
-        raise UserError(f"got {shutil.disk_usage(out).free / 1e6:.0f} MB free for {out}; need "
-                        f"{need / 1e6:.0f}; do: make room, or record fewer or shorter episodes")
-    flags = {**settings, "skills": None, "out": out}
-    command = " ".join(f"--{k} {v}" for k, v in flags.items() if v is not None)
-    write_about(out, spec, settings, complete=False, command=f"python data.py record {command}")
+            open_episode(episode_path(out, index), spec)
+        except UserError:                           # missing, or cut off
+            todo.append(index)
+    if todo or not old.get("complete"):
+        need = len(todo) * settings["length"] * (3 * spec.height * spec.width + 128) / 1e6
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"{out}: {len(todo)} episodes to record, at most {need:.0f} MB", flush=True)
+        free = shutil.disk_usage(out).free / 1e6
+        if free < need:
+            raise UserError(f"{free:.0f} MB free for {out}", f"{need:.0f}", "make room, or "
+                            "record fewer or shorter episodes")
+        write_about(out, spec, settings, command=this_command())
     return todo
 
 
 def record(env, out, episodes, length, seed, workers=0, skill=None):
-    """Record episodes of at most `length` frames, in the worlds seed + i; goes on if interrupted.
-
-    The bytes are the same for any number of workers. Returns the Dataset.
-    """
-    from envs.crafter import SKILLS
-    spec, out, shares = make_env(env).spec, Path(out), [row[3] for row in SKILLS.values()]
+    """Record episodes of at most `length` frames of the environment named `env`, in the
+    worlds seed + i; goes on if interrupted. The bytes are the same for any number of
+    workers. Returns the Dataset."""
     if episodes < 1 or length < 2 or seed < 0:
-        raise UserError(f"got {episodes} episodes of {length} frames, seed {seed}; need at least "
-                        "1, 2 and 0; do: correct them")
-    skills = [skill or str(rng_for(seed, "skill", i).choice(list(SKILLS), p=shares))
-              for i in range(episodes)]
-    settings = {"env": env, "episodes": episodes, "length": length, "seed": seed, "skill": skill,
-                "skills": skills}
-    todo = begin(spec, out, settings)
-    if todo is None:
-        return Dataset(out)
+        raise UserError(f"{episodes} episodes of {length} frames, seed {seed}",
+                        "at least 1, 2 and 0", "correct them")
+    out, world = Path(out), make_env(env)
+    skills = choose_skills(world, episodes, seed, skill)
+    settings = {"env": env, "episodes": episodes, "length": length, "seed": seed,
+                "skill": skill, "skills": skills}
+    todo = begin_recording(world.spec, out, settings)
     jobs = [(out, env, i, seed, length, skills[i]) for i in todo]
+    bar = tqdm(total=length * len(todo), unit="frame", desc="record", disable=not todo)
     try:
-        with tqdm(total=length * len(todo), unit="frame", desc="record", disable=not todo) as bar:
-            for _, frames in work(record_one, jobs, workers):
-                bar.total -= length - frames                  # an early death shortens the whole
-                bar.update(frames)
+        for _, frames in work(record_one, jobs, workers):
+            bar.total -= length - frames            # an early death shortens the whole
+            bar.update(frames)
     finally:
-        for part in out.glob("*.tmp"):                        # of a worker that was stopped
+        bar.close()
+        for part in out.glob("*.tmp"):              # of a worker that was stopped
             part.unlink()
-    finish_dataset(out, spec, settings)
+    if not read_about(out)["complete"]:
+        finish_dataset(out, world.spec, settings)
     return Dataset(out)
 
 
 def describe(dataset):
-    """Markdown: share of the episodes in which each task was achieved, by skill; ladder first."""
-    from envs.crafter import SKILLS
-    spec, skills = dataset.spec, np.array(dataset.skills)
-    kinds = [k for k in (*SKILLS, "-") if k in dataset.skills] + ["all"]
-    groups = [np.flatnonzero((skills == k) | (k == "all")) for k in kinds]
-    dead = [dataset.rows(i)["continues"][-1] == 0 for i in range(len(skills))]
-    table = {"task": kinds, "---": ["---"] * len(kinds), "episodes": [len(g) for g in groups],
-             "frames": [dataset.lengths[g].sum() for g in groups],
-             "died": [f"{100 * np.mean(np.array(dead)[g]):.0f} %" for g in groups]}
-    for task in dict.fromkeys((*spec.rungs, *spec.tasks)):
-        done = dataset.events[dataset.events[:, 2] == spec.tasks.index(task), 0]
-        name = f"**{task}**" if task in spec.rungs else task
-        table[name] = [f"{100 * np.isin(g, done).mean():.0f} %" for g in groups]
-    return "\n".join(f"| {k} | " + " | ".join(map(str, row)) + " |" for k, row in table.items())
+    """Markdown: in which share of the episodes each task was done, by skill; achievements
+    first, in bold."""
+    skills, tasks = np.array(dataset.skills), dataset.spec.tasks
+    groups = {name: np.flatnonzero(skills == name) for name in dict.fromkeys(skills)}
+    groups["all"] = np.arange(len(skills))
+    frames = [dataset.lengths[group].sum() for group in groups.values()]
+    table = {"task": groups, "---": ["---"] * len(groups),
+             "episodes": map(len, groups.values()), "frames": frames}
+    done = {"died": [i for i in groups["all"] if not dataset.rows(i)["continues"][-1]]}
+    for task in dict.fromkeys((*dataset.spec.achievements, *tasks)):
+        name = f"**{task}**" if task in dataset.spec.achievements else task
+        done[name] = dataset.events[dataset.events[:, 2] == tasks.index(task), 0]
+    for name, episodes in done.items():
+        shares = [np.isin(group, episodes).mean() for group in groups.values()]
+        table[name] = [f"{100 * share:.0f} %" for share in shares]
+    return "\n".join(f"| {name} | {' | '.join(map(str, x))} |" for name, x in table.items())
 
 
 def make_parser():
-    from envs.crafter import SKILLS
-    from envs.minecraft import parse_size
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    new = commands.add_parser("record", help="record play; goes on where it was interrupted")
-    new.add_argument("--env", default="crafter", help="'crafter', 'minerl' or 'module:Class'")
+    new = commands.add_parser("record", help="record play; goes on if interrupted")
+    new.add_argument("--env", default="crafter", help="a world of envs/, or 'module:Class'")
     new.add_argument("--episodes", type=int, default=400)
     new.add_argument("--length", type=int, default=300, help="most frames in an episode")
     new.add_argument("--workers", type=int, default=0, help="0 = one per core")
     new.add_argument("--seed", type=int, default=0)
-    new.add_argument("--skill", choices=list(SKILLS), help="default: a mix of all")
+    new.add_argument("--skill", help="one of the recorded player's; default: a mix of all")
     new.add_argument("--out", required=True, help="folder")
-    commands.add_parser("describe", help="what the players achieved").add_argument(
-        "--data", required=True, help="folder")
-    get = commands.add_parser("download-vpt", help="OpenAI's recordings of Minecraft players")
-    get.add_argument("--index", required=True, help="index file: README, Minecraft")
-    get.add_argument("--limit", type=int, default=10, help="segments of at most 5 minutes")
-    vpt = commands.add_parser("import-vpt", help="those recordings become a dataset")
-    vpt.add_argument("--src", required=True, help="folder with NAME.mp4 and NAME.jsonl")
-    vpt.add_argument("--part", choices=("all", "train", "reference"), default="all",
-                     help="reference: about every 20th session, train: the others")
-    video = commands.add_parser("import-video", help="any videos, as play without actions")
-    video.add_argument("videos", nargs="+", help="files")
-    video.add_argument("--fps", type=float, default=20.0, help="frames a second to keep")
-    get.add_argument("--out", required=True, help="folder")
-    for importer in (vpt, video):
-        importer.add_argument("--size", type=parse_size, default=(128, 128),
-                              help="HEIGHTxWIDTH of the frames, default 128x128")
-        importer.add_argument("--workers", type=int, default=0, help="0 = one per core")
-        importer.add_argument("--out", required=True, help="folder")
+    about = commands.add_parser("describe", help="what the players achieved")
+    about.add_argument("--data", required=True, help="folder")
     return parser
 
 
 def main():
-    from envs.minecraft import download_vpt, import_video, import_vpt
     flags = vars(make_parser().parse_args())
     command = flags.pop("command")
-    if command == "download-vpt":
-        return download_vpt(**flags)
-    importers = {"record": record, "import-vpt": import_vpt, "import-video": import_video}
-    dataset = importers[command](**flags) if command in importers else Dataset(flags["data"])
-    print(describe(dataset))
+    print(describe(record(**flags) if command == "record" else Dataset(flags["data"])))
 
 
 if __name__ == "__main__":
-    import data  # subtle: one copy of the classes
+    import data                                     # subtle: one copy of the classes
     data.run_cli(data.main)

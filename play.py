@@ -1,118 +1,110 @@
-"""Look at what was learned: dreams, evaluation in the real environment, figures and the report.
+"""Look at what was learned: the game, films, the evaluation of a run and its report.
 
-    python play.py --run runs/crafter            a game in the browser: dream beside reality
-    python play.py eval --run runs/crafter       world model and agents, into results.json
-    python play.py world --run runs/crafter      more on the world model: rules, interactions, K
-    python play.py labels --run A --with none=B  what part of the actions' labels does
-    python play.py bench                         speeds at pinned shapes
-    python play.py dream --run runs/crafter      a GIF: context, imagined and real side by side
-    python play.py report --run runs/crafter     one page: report.md with pictures
-Judge rollouts and real episodes, not losses: PSNR per horizon with true and shuffled actions, the
-ladder score of sampled policies on unseen worlds, with 95 % intervals.
+    python play.py --run runs/crafter         a game in the browser: dream beside reality
+    python play.py eval --run runs/crafter    world model and agents, into results.json
+    python play.py dream --run runs/crafter   a GIF: context, imagined and real side by side
+    python play.py report --run runs/crafter  one page: report.md with pictures
+
+A run is judged by rollouts and real episodes, not by losses (Sections 4.1 and 4.2). Films:
+dream, shuffled (dreamed under another clip's actions), copy (last true frame repeated),
+reconstruction (of the tokenizer) and next (dreamed one frame ahead of true ones). Intervals
+are 95 %: bootstrap over recorded episodes, t over runs or else worlds, Wilson.
 """
 
 import argparse
 import base64
-import copy
-import dataclasses
-import functools
 import json
-import math
 import os
 import re
-import shlex
 import socketserver
 import sys
 import tempfile
 import threading
-import time
 import webbrowser
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy import stats
+from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
-from agent import (
-    STAGES,
-    autocast,
-    freeze,
-    imagine_rollout,
-    load_run,
-    pick_device,
-    pick_dtype,
-    sample_action,
-    split_logits,
-)
-from data import (
-    Dataset,
-    UserError,
-    VecEnv,
-    branch_off,
-    can_copy,
-    controls,
-    copy_env,
-    finish_dataset,
-    make_env,
-    play_episode,
-    ratio,
-    read_json,
-    record,
-    run_cli,
-    work,
-    write_episode,
-    write_whole,
-)
-from dynamics import Dream, euler_sample
-from envs.crafter import symbol_counts
+from agent import (STAGES, autocast, freeze, dream_of, imagine_rollout, load_run,
+                   pick_device, pick_dtype, sample_action, split_logits)
+from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, controls, copy_env,
+                  finish_dataset, make_env, play_episode, read_json, record, run_cli,
+                  this_command, write_episode, write_json, write_whole)
+from dynamics import Batch, Dream
 from tokenizer import Cache
 
-HORIZONS = (1, 4, 8, 16, 32, 64)
-REFERENCE_SEED, VALIDATION_SEED, TEST_SEED = 10_000, 20_000, 30_000
-TEMPERATURES = (1.0, 0.75, 0.5, 0.3)
-FILM = 1000                 # most frames of an episode's GIF
-GREEN, ORANGE = (60, 170, 90), (240, 140, 20)           # borders: real, imagined
+REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 10_000, 20_000, 30_000, 40_000
+HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
+CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
+AGENTS = {"random": "", "BC": "agent", "imagination": "imagine", "player": ""}    # stages
+GREEN, ORANGE = (60, 170, 90), (240, 140, 20)   # borders: real, imagined
 
 
-# --------------------------------------------------------------------- intervals, results.json
+# -------------------------------------------------------------- intervals and results.json
+
+class Result(NamedTuple):
+    """A row of results.json. low, high: 95 % interval, None: there is none; of: what was
+    measured, {"film": "dream", "horizon": 4}; command: which wrote it."""
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    of: dict = {}
+    command: str = ""
+
 
 def wilson(successes, n):
     """95 % Wilson interval of a success rate."""
-    z, p = 1.96, successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return max(low, 0.0), min(high, 1.0)
+    interval = stats.binomtest(int(successes), int(n)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def mean_interval(x):
-    """Mean and its 95 % normal interval: x (n,) -> value, low, high."""
-    half = 1.96 * np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+def t_interval(x):
+    """x (n,) -> mean, low, high."""
+    if len(x) < 2:
+        return float(np.mean(x)), None, None
+    half = stats.t.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / len(x) ** 0.5
     return float(np.mean(x)), float(np.mean(x) - half), float(np.mean(x) + half)
 
 
-def bootstrap(statistic, *samples, block=1, n=2000):
-    """Value and 95 % interval of statistic(*samples) when blocks of rows are drawn again: the
-    `block` clips of an episode stay together, since they are alike."""
-    rng, blocks = np.random.default_rng(0), len(samples[0]) // block
-    rows = rng.integers(blocks, size=(n, blocks, 1)) * block + np.arange(block)
-    draws = [statistic(*(s[i] for s in samples)) for i in rows.reshape(n, -1)]
-    return float(statistic(*samples)), *map(float, np.percentile(draws, [2.5, 97.5]))
-
-
-def write_json(path, values):
-    """Atomically: a reader sees the old file or the new one."""
-    write_whole(Path(path), lambda file: file.write(json.dumps(values, indent=1).encode()))
+def bootstrap(statistic, *samples):
+    """samples (episodes, ...) -> statistic(*samples, axis) and its interval when episodes
+    are drawn again, the same ones of all samples."""
+    n = len(samples[0])
+    rows = np.random.default_rng(0).integers(n, size=(2000, n))
+    draws = statistic(*(x[rows] for x in samples), axis=1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(statistic(*samples, axis=0)), float(low), float(high)
 
 
 def read_results(folder):
     path = Path(folder) / "results.json"
-    return read_json(path) if path.exists() else {}
+    return [Result(**row) for row in read_json(path)] if path.exists() else []
+
+
+def find(rows, name, of=None):
+    """The row of that name and `of`, or None."""
+    return next((row for row in rows if (row.name, row.of) == (name, of or {})), None)
+
+
+def add_results(folder, command, rows):
+    """Add rows to results.json, in place of those of equal name and `of`."""
+    kept = [row for row in read_results(folder) if not find(rows, row.name, row.of)]
+    rows = [*kept, *(row._replace(command=command) for row in rows)]
+    write_json(Path(folder) / "results.json", [row._asdict() for row in rows])
 
 
 def read_metrics(folder):
@@ -126,65 +118,77 @@ def read_metrics(folder):
     return lines
 
 
-def add_results(folder, command, entries, instead_of=()):
-    """entries: {name: (value, low, high, n, unit)}; merged into folder/results.json, where names
-    that begin with `instead_of` go."""
-    results = {k: x for k, x in read_results(folder).items() if not k.startswith(instead_of)}
-    for name, (value, low, high, n, unit) in entries.items():
-        results[name] = {"value": value, "low": low, "high": high, "n": n, "unit": unit,
-                         "command": command}
-    write_json(Path(folder) / "results.json", results)
+# ------------------------------------------------------------------------- the world model
+
+class Sampler(NamedTuple):
+    """How frames are sampled; None: as the run was trained to."""
+    k: int = None
+    step_label: str = None
 
 
-# ---------------------------------------------------------------------------- the world model
+class Clips(NamedTuple):
+    """Windows of recorded play; actions[:, t] led to frame t."""
+    frames: torch.Tensor        # uint8 (n, T, H, W, 3)
+    actions: torch.Tensor       # (n, T, A)
+    labelled: torch.Tensor      # (n, T) bool: has an action
+    episode: np.ndarray         # (n,)
+    start: np.ndarray           # (n,)
 
-def reference_set(env, episodes=40, length=300, workers=0, path=""):
+
+AS_TRAINED = Sampler()
+
+
+def reference_set(env, episodes=40, length=300, path=""):
     """Recorded play that is never trained on: the dataset at path, or recorded at first."""
     if path:
         return Dataset(path)
     path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
-    return record(env, path, episodes, length, REFERENCE_SEED, workers)
+    return record(env, path, episodes, length, REFERENCE_SEED)
 
 
-def reference_clips(dataset, per_episode, length, device):
-    """Evenly spaced windows of the reference set as tensors: frames, actions, labelled; `where`
-    holds their episodes and starts."""
+def read_clips(dataset, episode, start, length, device):
+    clips = dataset.read(episode, start, length, ("frames", "actions", "labelled"))
+    return Clips(*(torch.from_numpy(x).to(device) for x in clips.values()), episode, start)
+
+
+def reference_clips(dataset, per_episode, length, device, n=None):
+    """Evenly spaced windows of each episode that is long enough; n: so many of them all."""
     long = [i for i in dataset.episodes("all") if dataset.lengths[i] >= length]
     if not long:
-        raise UserError(f"Got episodes of at most {max(dataset.lengths)} frames in {dataset.path}, "
-                        f"need one of {length} to compare a dream with: record longer ones.")
-    where = np.repeat(long, per_episode), np.concatenate(
-        [np.linspace(0, dataset.lengths[i] - length, per_episode).astype(int) for i in long])
-    clips, actions = to_tensors(dataset.read(*where, length), device)
-    return clips | {"where": where}, actions
+        raise UserError(f"Got episodes of at most {max(dataset.lengths)} frames in "
+                        f"{dataset.path}, need {length} for a dream: record longer ones.")
+    starts = [np.linspace(0, dataset.lengths[i] - length, per_episode) for i in long]
+    where = np.stack([np.repeat(long, per_episode), np.concatenate(starts)]).astype(int)
+    if n:
+        where = where[:, np.linspace(0, where.shape[1] - 1, n).astype(int)]
+    return read_clips(dataset, *where, length, device)
 
 
-def to_tensors(batch, device):
-    """What Dataset.read gives -> tensors, and the actions among them once more."""
-    clips = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
-    return clips, {k: clips[k] for k in ("binary", "categorical", "continuous")}
+def encode(run, clips):
+    """Clips -> Batch of their latents, 16 clips at a time."""
+    z = torch.cat([run.tokenizer.encode(x) for x in clips.frames.split(16)])
+    return Batch(z, clips.actions, clips.labelled)
 
 
 @torch.no_grad()
-def dream_clips(run, z, actions, labelled, horizon, seed=0, forced=False):
-    """Continue clips for their last `horizon` frames. z (B, T, S_z, Z), actions[:, t] led to
-    frame t. Returns frames uint8 (B, T, H, W, 3): the context reconstructed, the rest imagined,
-    from what was imagined before or, `forced`, one step ahead from the true frames before it.
-    The noise depends on the seed alone, so that two calls with other actions can be paired."""
-    dream = Dream(run.dynamics, torch.Generator(z.device).manual_seed(seed))
-    cache, context = run.tokenizer.new_cache(), z.shape[1] - horizon
-    dream.commit(z[:, :context], {k: x[:, :context] for k, x in actions.items()},
-                 labelled[:, :context])
-    frames = [run.tokenizer.decode(z[:, :context], cache)]
-    for t in range(context, z.shape[1]):
-        action, true = {k: x[:, t:t + 1] for k, x in actions.items()}, z[:, t:t + 1]
-        has_action = labelled[:, t:t + 1]
-        imagined = dream.imagine(action, has_action)
+def dream_clips(run, batch, horizon, seed=0, forced=False, sampler=AS_TRAINED):
+    """Continue clips, a Batch (B, T, .), for their last `horizon` frames. Returns uint8
+    (B, T, H, W, 3): the context reconstructed, the rest imagined, from what was imagined
+    before or, `forced`, one step ahead from the true frames before it. The noise depends on
+    the seed alone, so that two calls with other actions can be paired."""
+    context, generator = batch.z.shape[1] - horizon, torch.Generator(batch.z.device)
+    dream = Dream(run.dynamics, generator.manual_seed(seed), None, *sampler)
+    cache, past = run.tokenizer.new_cache(), batch.z[:, :context]
+    dream.commit(past, batch.actions[:, :context], batch.labelled[:, :context])
+    frames = [run.tokenizer.decode(past, cache)]
+    for t in range(context, batch.z.shape[1]):
+        z, actions, labelled = (x[:, t:t + 1] for x in batch[:3])
+        imagined = dream.imagine(actions, labelled)
         frames.append(run.tokenizer.decode(imagined, cache))
         if forced:                      # the true frame takes the imagined one's place
             cache.advance(-1)
-            run.tokenizer.decode(true, cache)
-        dream.commit(true if forced else imagined, action, has_action)
+            run.tokenizer.decode(z, cache)
+        dream.commit(z if forced else imagined, actions, labelled)
     return torch.cat(frames, 1)
 
 
@@ -193,297 +197,162 @@ def squared_error(x_hat, x):
     return (x_hat.float() - x.float()).div(255).square().mean((2, 3, 4)).cpu().numpy()
 
 
-def decibel(error):
+def decibel(error, axis=0):
     """PSNR from the mean squared error over all clips (not a mean of decibels)."""
-    return -10 * np.log10(np.mean(error, 0))
+    return -10 * np.log10(np.mean(error, axis))
+
+
+def gain(error, other, axis=0):
+    return decibel(error, axis) - decibel(other, axis)
+
+
+def least_gain(error, other, axis=0):
+    return gain(error, other, axis).min(-1)
+
+
+def ratio(a, b, axis=0):
+    return np.sum(a, axis) / np.maximum(np.sum(b, axis), 1e-9)
 
 
 def ssim(x_hat, x):
-    """Structural similarity (Wang et al. 2004) of uint8 (B, T, H, W, 3): (B, T), Gaussian window of
-    11 pixels (smaller frames: what fits; sigma 1.5), mean over the windows that lie inside and the
-    channels."""
-    half = min(5, (min(x.shape[2:4]) - 1) // 2)
-    w = torch.exp(-(torch.arange(-half, half + 1) / 1.5) ** 2 / 2).to(x.device)
-    w = w / w.sum()
-
-    def blur(y):
-        y = F.conv2d(y, w.view(1, 1, -1, 1))
-        return F.conv2d(y, w.view(1, 1, 1, -1))
-
-    out = []
-    for a, b in zip(x_hat, x, strict=True):
-        a, b = (y.movedim(-1, 1).flatten(0, 1)[:, None].float() / 255 for y in (a, b))
-        ma, mb = blur(a), blur(b)
-        va, vb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-        s = ((2 * ma * mb + 1e-4) * (2 * ab + 9e-4)
-             / ((ma * ma + mb * mb + 1e-4) * (va + vb + 9e-4)))
-        out.append(s.mean((1, 2, 3)).view(-1, 3).mean(1))
-    return torch.stack(out).cpu().numpy()
+    """Structural similarity (Wang et al. 2004) of uint8 (B, H, W, 3): (B,), Gaussian window
+    of 11 pixels (smaller frames: what fits)."""
+    size = min(11, (min(x.shape[1:3]) - 1) // 2 * 2 + 1)
+    pairs = zip(x_hat.cpu().numpy(), x.cpu().numpy(), strict=True)
+    return np.array([structural_similarity(
+        a, b, win_size=size, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        data_range=255, channel_axis=-1) for a, b in pairs])
 
 
-def f1(hits, events, claims):
-    return 2 * np.sum(hits) / max(np.sum(events) + np.sum(claims), 1)
+class Rollouts(NamedTuple):
+    """Clips, and films that continue their first `context` frames, all uint8."""
+    real: torch.Tensor          # (n, T, H, W, 3)
+    films: dict                 # {name: (n, T, H, W, 3)}
+    probes: dict                # ground truth of the clips (n, T, ...)
+    context: int
+    per_episode: int
 
+    def by_episode(self, x):
+        """(n, ...) -> (episodes, ...), means over an episode's clips, which are alike."""
+        return x.reshape(-1, self.per_episode, *x.shape[1:]).mean(1)
 
-@torch.no_grad()
-def evaluate_world(run, dataset, dtype="auto", per_episode=4, context=16, horizon=64,
-                   simulator=False, picture=None):
-    """PSNR, SSIM and symbols on the reference set -> entries for results.json.
-
-    Curves by horizon: the dream with true actions and with those of another episode ("shuffled",
-    same noise, same contexts), the last frame repeated, the tokenizer's reconstruction, and, with
-    `simulator`, the true game under the shuffled actions. picture: path of a chart of them.
-    """
-    device = run.device
-    horizon = min(horizon, max(dataset.lengths) - context)
-    clips, actions = reference_clips(dataset, per_episode, context + horizon, device)
-    frames, labelled, where = clips["frames"], clips["labelled"], clips["where"]
-    n, entries = len(frames), {}
-    interval = functools.partial(bootstrap, block=per_episode)
-    probes = read_probes(dataset, *where, context + horizon)
-    reader = reader_of(dataset)
-    if reader and not probes:
-        print(f"{dataset.path} holds no symbols to compare with: delete it to record it anew.")
-        reader = None
-    with autocast(device, dtype):
-        z = torch.cat([run.tokenizer.encode(x) for x in frames.split(16)])
-        recon = torch.cat([run.tokenizer.decode(x) for x in z.split(16)])
-        entries["tokenizer_psnr_db"] = *interval(decibel, squared_error(recon, frames).mean(1)), \
-            n, "dB"
-        if reader:
-            player = probes["probe_player"]
-            day = (player[..., 0] >= 128) & (player[..., 1] == 0)
-            right, items, held = (np.zeros(day.shape) for _ in range(3))
-            for t in range(day.shape[1]):
-                cells, count, _ = reader.read(recon[:, t].cpu(), player[:, t, 0] / 255,
-                                              player[:, t, 1])
-                true, have = (probes[f"probe_{k}"][:, t] for k in ("semantic", "inventory"))
-                right[:, t] = (reader.semantic[cells] == true).mean((1, 2))
-                items[:, t], held[:, t] = ((count == have) & (have > 0)).sum(1), (have > 0).sum(1)
-            entries["tokenizer_cell_accuracy"] = *interval(
-                ratio, (right * day).sum(1), day.sum(1)), n, "share"
-            entries["tokenizer_inventory_accuracy"] = *interval(
-                ratio, items.sum(1), held.sum(1)), n, "share"
-        if run.dynamics is None:
-            return entries
-        real = frames[:, context:]
-        other = per_episode if n > per_episode else 1
-        shuffled = {k: torch.cat([x[:, :context], x[:, context:].roll(other, 0)], 1)
-                    for k, x in actions.items()}
-        shown = {"recon": recon[:, context:],
-                 "repeat": frames[:, context - 1:context].expand_as(real)}
-        for name, a, forced in (("dream", actions, False), ("shuffled", shuffled, False),
-                                ("next", actions, True)):
-            shown[name] = dream_clips(run, z, a, labelled, horizon, forced=forced)[:, context:]
-    if simulator:
-        shown["simulator"] = torch.from_numpy(play_on(dataset, *where, context, shuffled)[0]).to(
-            device)
-    errors = {name: squared_error(x, real) for name, x in shown.items()}
-    likeness = {name: ssim(x, real) for name, x in shown.items()}
-    entries["recon_psnr_db"] = *interval(decibel, errors["recon"].mean(1)), n, "dB"
-    entries["next_frame_psnr_db"] = *interval(decibel, errors["next"].mean(1)), n, "dB"
-    curves = [name for name in shown if name != "next"]
-    for h in (h for h in HORIZONS if h <= horizon):
-        for name in curves:
-            entries[f"{name}_psnr_db_h{h}"] = *interval(decibel, errors[name][:, h - 1]), n, "dB"
-            entries[f"{name}_ssim_h{h}"] = *interval(np.mean, likeness[name][:, h - 1]), n, "ssim"
-        for other in ("repeat", "shuffled"):
-            gain = interval(lambda a, b: decibel(a) - decibel(b), errors["dream"][:, h - 1],
-                            errors[other][:, h - 1])
-            entries[f"dream_minus_{other}_db_h{h}"] = *gain, n, "dB"
-    least = interval(lambda a, b: (decibel(a) - decibel(b)).min(), errors["dream"][:, :16],
-                     errors["repeat"][:, :16])
-    entries["dream_minus_repeat_db_least_h1_16"] = *least, n, "dB"
-    if reader:
-        place = probes["probe_player"][:, context - 1:, 2:].astype(int)
-        scrolled = (np.diff(place, axis=1) != 0).any(-1)            # (n, horizon)
-        for h in (h for h in HORIZONS if h <= horizon):
-            for name in ("dream", "repeat"):
-                entries[f"{name}_moved_psnr_db_h{h}"] = *interval(
-                    lambda e, m: -10 * np.log10(ratio(e * m, m)), errors[name][:, h - 1],
-                    scrolled[:, h - 1]), int(scrolled[:, h - 1].sum()), "dB"
-        entries |= symbol_entries(reader, shown, probes, context, interval)
-    if picture:
-        picture_rollouts(picture, errors, likeness)
-    return entries
+    def horizons(self):
+        """[(h, the frame that lies h after the context)]."""
+        last = self.real.shape[1] - self.context
+        return [(h, self.context + h - 1) for h in HORIZONS if h <= last]
 
 
 def reader_of(dataset):
-    """Reads symbols off pictures of the environment that was recorded; None where it has none."""
+    """Reads symbols off pictures of the recorded environment; None: it has no reader."""
     env = make_env(dataset.settings["env"]) if "env" in dataset.settings else None
     return env.reader() if hasattr(env, "reader") else None
 
 
 def read_probes(dataset, episode, start, length):
     """Ground truth of windows, dict of (n, length, ...), {} where none was recorded."""
-    rows = dataset.rows(int(episode[0])).dtype.names
-    names = ("probe_semantic", "probe_inventory", "probe_player")
-    return dataset.read(episode, start, length, names) if set(names) <= set(rows) else {}
+    names = [name for name in dataset.rows(0).dtype.names if name not in TYPES]
+    return dataset.read(episode, start, length, names) if names else {}
 
 
-def symbol_entries(reader, shown, probes, context, interval):
-    """Accuracy of what the dream shows: cells by horizon, and over all single steps ("next") cells
-    and inventory; that of the reconstructions is as much as the tokenizer lets one see."""
-    at = lambda t: {k: x[:, t] for k, x in probes.items()}
-    horizon, entries = shown["dream"].shape[1], {}
-    n = len(shown["dream"])
-    for h in (h for h in HORIZONS if h <= horizon):
-        counts = symbol_counts(reader, shown["dream"][:, h - 1].cpu(), at(context - 1),
-                               at(context + h - 1))
-        known = int(counts["known"].sum())
-        for name, right in (("cell_accuracy", "right"), ("repeat_cell_accuracy", "right_repeat")):
-            entries[f"{name}_h{h}"] = (*interval(ratio, counts[right], counts["known"]), known,
-                                       "share")
-        wrong = [counts["known"] - counts[x] for x in ("right", "right_repeat")]
-        entries[f"cell_error_to_repeat_h{h}"] = *interval(ratio, *wrong), known, "ratio"
-    steps = {name: [symbol_counts(reader, shown[name][:, t].cpu(), at(context + t - 1),
-                                  at(context + t)) for t in range(horizon)]
-             for name in ("next", "recon")}
-    total, ceiling = ({k: np.sum([s[k] for s in counts], 0) for k in counts[0]}
-                      for counts in steps.values())
-    wrong = [total["known"] - total[x] for x in ("right", "right_repeat")]
-    for name, statistic, parts, count in (
-            ("next_cell_accuracy", ratio, (total["right"], total["known"]), "known"),
-            ("next_cell_error_to_repeat", ratio, wrong, "known"),
-            ("next_changed_accuracy", ratio, (total["changed_right"], total["changed"]), "changed"),
-            ("inventory_f1", f1, [total[k] for k in ("hits", "events", "claims")], "events"),
-            ("inventory_f1_recon", f1, [ceiling[k] for k in ("hits", "events", "claims")],
-             "events")):
-        entries[name] = *interval(statistic, *parts), int(total[count].sum()), "share"
-    return entries
-
-
-def play_on(dataset, episode, start, context, actions):
-    """The simulator from the end of each clip's context under other actions, (n, T, .): frames
-    uint8 (n, T - context, H, W, 3), events (n, T - context, tasks). Each world is made anew and led
-    there as it was recorded."""
-    jobs, keys = [], list(actions)
-    for i in np.unique(episode):
-        rows, recorded = np.flatnonzero(episode == i), dataset.episode(i)
-        jobs.append((dataset.settings["env"], dataset.settings["seed"] + int(i),
-                     {k: np.array(recorded[k]) for k in keys},
-                     [(int(start[r]) + context - 1,
-                       {k: actions[k][r, context:].cpu().numpy() for k in keys}) for r in rows]))
-    done = {job[1]: part for job, part in work(branch_off, jobs, 0)}    # by world, as they end
-    films = [film for seed in sorted(done) for film in done[seed]]
-    order = np.argsort(np.argsort(episode, kind="stable"))
-    return tuple(np.stack(x)[order] for x in zip(*films, strict=True))
-
-
-# --------------------------------------------------------------------------------------- speed
-
-def empty_inputs(cfg, spec, B, T, device):
-    """Zero latents, no-op actions, labelled: the arguments of Dream.commit."""
-    return (torch.zeros(B, T, cfg.tokens, cfg.channels, device=device),
-            {k: torch.from_numpy(x).to(device) for k, x in spec.zeros(B, T).items()},
-            torch.ones(B, T, dtype=torch.bool, device=device))
-
-
-def seconds(step, repeats, device):
-    """Median wall time of step() over `repeats` calls, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:]))
-
-
-class Recomputed(Dream):
-    """A dream without a cache, to measure what that saves: every pass sees the context again."""
-
-    def __init__(self, model, generator=None, cache=None):
-        super().__init__(model, generator, cache)
-        self.past = []                                  # a tuple of the model's inputs per commit
-
-    def again(self, *inputs):
-        """The model's outputs for these inputs, behind those of the past."""
-        def join(parts):
-            if isinstance(parts[0], dict):
-                return {k: join([x[k] for x in parts]) for k in parts[0]}
-            return None if parts[0] is None else torch.cat(parts, 1)[:, -self.cache.context:]
-
-        T = inputs[0].shape[1]
-        return [None if y is None else y[:, -T:] for y in
-                self.model(*(join(parts) for parts in zip(*self.past, inputs, strict=True)))]
-
-    @torch.no_grad()
-    def commit(self, z, actions, labelled, task=None):
-        inputs = *self.as_context(z), actions, labelled, task
-        h = None if task is None else self.again(*inputs)[1]
-        self.past.append(inputs)
-        self.past = self.past[-self.cache.context:]
-        return h
-
-    @torch.no_grad()
-    def imagine(self, actions, labelled, task=None):
-        return euler_sample(lambda z, tau, d: self.again(z, tau, d, actions, labelled, task)[0],
-                            self.noise(len(labelled), 1), self.k, self.d_label)
+def shuffle_actions(actions, context, by):
+    """What follows the context comes from the clip `by` rows before, of another episode."""
+    return torch.cat([actions[:, :context], actions[:, context:].roll(by, 0)], 1)
 
 
 @torch.no_grad()
-def dream_rate(model, B, context, device, dtype, k=None, tokenizer=None, kind=Dream, repeats=12):
-    """Frames/s of a dream of B rows on a full context; tokenizer: frames are decoded as well;
-    kind: Dream, or Recomputed."""
-    inputs, one = (empty_inputs(model.cfg, model.action_spec, B, T, device) for T in (context, 1))
-    with autocast(device, dtype):
-        dream, view = kind(model, cache=Cache(context)), tokenizer and tokenizer.new_cache()
-        dream.k = k or dream.k
-        dream.commit(*inputs)
-
-        def step():
-            z = dream.step(one[1])[0]
-            if view:
-                tokenizer.decode(z, view).cpu()
-
-        return B / seconds(step, repeats, device)
-
-
-@torch.no_grad()
-def imagination_rate(model, agent, B, context, horizon, device, dtype, kind=Dream, repeats=3):
-    """Imagined frames/s of training's rollouts: policy, rewards and values included."""
-    task = torch.zeros(B, context, dtype=torch.long, device=device)
-    inputs = empty_inputs(model.cfg, model.action_spec, B, context, device)
-
-    def rollout():
-        h = imagine_rollout(model, agent, *inputs, task, horizon, torch.Generator(device), kind)[0]
-        (agent.rewards(h, task[:, :1]) + agent.values(h)).cpu()
-
-    with autocast(device, dtype):
-        return B * horizon / seconds(rollout, repeats, device)
+def roll_out(run, dataset, horizon, context=CONTEXT, per_episode=CLIPS, sampler=AS_TRAINED):
+    """Films of a run on the reference set; without dynamics reconstructions alone."""
+    length = min(context + horizon, max(dataset.lengths))
+    clips, h = reference_clips(dataset, per_episode, length, run.device), length - context
+    batch, probes = encode(run, clips), read_probes(dataset, *clips[3:], length)
+    recon = torch.cat([run.tokenizer.decode(x) for x in batch.z.split(16)])
+    films = {"reconstruction": recon}
+    if run.dynamics:
+        by = per_episode if len(recon) > per_episode else 1
+        other = batch._replace(actions=shuffle_actions(batch.actions, context, by))
+        films["copy"] = clips.frames[:, context - 1:context].expand_as(recon)
+        films["dream"] = dream_clips(run, batch, h, sampler=sampler)
+        films["shuffled"] = dream_clips(run, other, h, sampler=sampler)
+        films["next"] = dream_clips(run, batch, h, forced=True, sampler=sampler)
+    return Rollouts(clips.frames, films, probes, context, per_episode)
 
 
-def compiled(run):
-    """A copy of the run's dynamics, compiled where training is: for many dreams of one shape."""
-    world = copy.deepcopy(run.dynamics)
-    if run.meta["config"]["train"]["compile"]:
-        from train import compile_module  # later in the order of imports
-        compile_module(world, run.device)
-    return world
+def score_pixels(rolled):
+    """Rollouts -> rows of PSNR and SSIM by film and horizon, and the dream's gains."""
+    n, C, rows = len(rolled.real), rolled.context, []
+    errors = {film: rolled.by_episode(squared_error(frames, rolled.real))
+              for film, frames in rolled.films.items()}         # (episodes, T)
+    dream, copy = errors["dream"], errors["copy"]
+    for h, t in rolled.horizons():
+        for film in (film for film in errors if film != "next"):
+            of, frames = {"film": film, "horizon": h}, rolled.films[film][:, t]
+            likeness = rolled.by_episode(ssim(frames, rolled.real[:, t]))
+            psnr = bootstrap(decibel, errors[film][:, t])
+            rows.append(Result("psnr", *psnr, n, "dB", of))
+            rows.append(Result("ssim", *bootstrap(np.mean, likeness), n, "ssim", of))
+        for film, name in (("copy", "copying"), ("shuffled", "shuffled")):
+            interval = bootstrap(gain, dream[:, t], errors[film][:, t])
+            rows.append(Result(f"gain_over_{name}", *interval, n, "dB", {"horizon": h}))
+    least = bootstrap(least_gain, dream[:, C:C + 16], copy[:, C:C + 16])
+    rows.append(Result("least_gain_over_copying", *least, n, "dB"))
+    ahead = bootstrap(decibel, errors["next"][:, C:].mean(1))
+    return [*rows, Result("next_frame_psnr", *ahead, n, "dB")]
 
 
-@torch.no_grad()
-def measure_speed(run, dtype="auto"):
-    """Dream frames/s at batch 1 (decoded) and imagined frames/s in training's rollouts."""
-    context, device = run.dynamics.cfg.context, run.device
-    rates = {"dream_fps_batch1": dream_rate(run.dynamics, 1, context, device, dtype, None,
-                                            run.tokenizer, repeats=40)}
-    if run.agent:
-        agent, batch = run.agent, run.meta["config"]["train"]["imagine_batch"]
-        rates["imagined_frames_per_s"] = imagination_rate(
-            compiled(run), agent, batch, agent.cfg.context, agent.cfg.horizon, device, dtype)
-    return {name: (rate, None, None, 1, "frames/s") for name, rate in rates.items()}
+def score_frames(rolled, reader, of, times, back=None):
+    """Rows of what the reader finds in the frames `times` of a film, against the truth. The
+    model was last shown a true frame `back` frames before; None: it was shown this one."""
+    sums, shown = {}, None
+    for t in times:
+        true = {name: x[:, t] for name, x in rolled.probes.items()}
+        if back:
+            shown = {name: x[:, t - back] for name, x in rolled.probes.items()}
+        frames = rolled.films[of["film"]][:, t].cpu().numpy()
+        for measure, pair in reader.compare(frames, true, shown).items():
+            sums[measure] = sums.get(measure, 0) + np.array(pair, float)        # (2, n)
+    return [Result(measure, *bootstrap(ratio, rolled.by_episode(a), rolled.by_episode(b)),
+                   int(b.sum()), "share", of) for measure, (a, b) in sums.items()]
 
 
-# -------------------------------------------------------------------- agents in the real world
+def score_symbols(rolled, reader):
+    """Rollouts -> rows of the reader's measures: of the dream by horizon, over all single
+    steps, and of the reconstructions: as much as the tokenizer lets one see."""
+    every = range(rolled.real.shape[1])
+    rows = score_frames(rolled, reader, {"film": "reconstruction"}, every)
+    if "dream" in rolled.films:
+        for h, t in rolled.horizons():
+            rows += score_frames(rolled, reader, {"film": "dream", "horizon": h}, [t], h)
+        for film in ("next", "reconstruction"):
+            rows += score_frames(rolled, reader, {"film": film}, every[rolled.context:], 1)
+    return rows
 
-class Ladder:
-    """The prompt ladder of N environments: `task` (N,) moves on after enough real events."""
+
+def evaluate_world(run, dataset, dtype="auto", horizon=16, sampler=AS_TRAINED):
+    """PSNR, SSIM and symbols on the reference set -> [Result]."""
+    with autocast(run.device, dtype):
+        rolled = roll_out(run, dataset, horizon, sampler=sampler)
+    error = squared_error(rolled.films["reconstruction"], rolled.real).mean(1)
+    psnr = bootstrap(decibel, rolled.by_episode(error))
+    rows = [Result("tokenizer_psnr", *psnr, len(error), "dB")]
+    if run.dynamics:
+        rows += score_pixels(rolled)
+    reader = reader_of(dataset)
+    if reader and not rolled.probes:
+        print(f"{dataset.path} holds no symbols to compare with: record it anew.")
+    elif reader:
+        rows += score_symbols(rolled, reader)
+    return rows
+
+
+# ---------------------------------------------------------------- agents in the real world
+
+class PromptOrder:
+    """The prompts of N environments: `task` (N,) moves on after enough real events. Without
+    an order each task is asked for in turn, until it has happened once."""
 
     def __init__(self, spec, n):
-        self.steps = [(spec.tasks.index(task), times) for task, times in spec.ladder] or [(0, 0)]
+        order = spec.prompt_order or [(task, 1) for task in spec.tasks]
+        self.steps = [(spec.tasks.index(task), times) for task, times in order] or [(0, 0)]
         self.place, self.count = np.zeros(n, int), np.zeros(n, int)
 
     @property
@@ -492,21 +361,22 @@ class Ladder:
 
     def advance(self, events):
         """events (N, tasks) of one step -> rows (N,) bool whose prompt changed."""
-        self.count += events[np.arange(len(self.task)), self.task]
+        events = np.pad(events, ((0, 0), (0, 1)))           # there may be no task at all
+        self.count += events[np.arange(len(self.place)), self.task].astype(int)
         times = np.array([self.steps[i][1] for i in self.place])
         done = (times > 0) & (self.count >= times) & (self.place < len(self.steps) - 1)
         self.place, self.count = self.place + done, np.where(done, 0, self.count)
         return done
 
 
-def ladder_prompts(data):
-    """(frames,): the task that the prompt ladder would ask for after each recorded frame."""
+def prompts_along(data):
+    """(frames,): the task that the prompt order would ask for after each recorded frame."""
     prompts = []
     for i in data.episodes("all"):
-        ladder = Ladder(data.spec, 1)
+        order = PromptOrder(data.spec, 1)
         for events in np.asarray(data.episode(i)["events"]):
-            ladder.advance(events[None])
-            prompts.append(ladder.task[0])
+            order.advance(events[None])
+            prompts.append(order.task[0])
     return np.array(prompts)
 
 
@@ -516,334 +386,248 @@ class Actor:
     def __init__(self, run, generator, temperature=1.0):
         self.run, self.generator, self.temperature = run, generator, temperature
         self.dream, self.encoder = Dream(run.dynamics, generator), run.tokenizer.new_cache()
-        self.device = run.device
-        self.history = []
+        self.history = []               # z, actions, labelled of the frames in the window
+
+    def tensor(self, x):
+        return torch.as_tensor(x, device=self.run.device)
 
     @torch.no_grad()
-    def observe(self, frames, actions, labelled, task, changed=None):
-        """frames (N, H, W, 3), the actions (N, .) that led there, task (N,) from now on. Where the
-        prompt `changed`, the window is replayed with the new one, so that the agent tokens'
-        cache never mixes prompts."""
-        rows = torch.as_tensor(frames, device=self.device)[:, None]
-        actions = {k: torch.as_tensor(x, device=self.device)[:, None] for k, x in actions.items()}
-        labelled = torch.full(rows.shape[:2], labelled, device=self.device)
-        z = self.run.tokenizer.encode(rows, self.encoder)
-        context = self.dream.cache.context
-        self.history = [*self.history, (z, actions, labelled)][-context:]
-        self.task = self.run.agent.prompt(torch.as_tensor(task, device=self.device))
-        self.h = self.dream.commit(z, actions, labelled, self.task[:, None])[:, 0]
-        if changed is not None and changed.any():
-            self.replay(torch.as_tensor(np.flatnonzero(changed), device=self.device))
+    def observe(self, frames, actions, labelled, task, changed=()):
+        """frames (N, H, W, 3), the actions (N, A) that led there, task (N,) from now on.
+        Where the prompt `changed`, the window is replayed with the new one, so that the
+        cache of agent tokens never mixes prompts."""
+        z = self.run.tokenizer.encode(self.tensor(frames)[:, None], self.encoder)
+        labelled = torch.full(z.shape[:2], labelled, device=z.device)
+        now = (z, self.tensor(actions)[:, None], labelled)
+        self.history = [*self.history, now][-self.dream.cache.context:]
+        self.task = self.run.agent.prompt(self.tensor(task))
+        self.h = self.dream.commit(*now, self.task[:, None])[:, 0]
+        if np.any(changed):
+            self.replay(self.tensor(np.flatnonzero(changed)))
 
-    def keep(self, rows):
+    def select_rows(self, rows):
         """Go on with these rows (n,) alone."""
-        rows = torch.as_tensor(rows, device=self.device)
-        self.dream.cache.keep(rows), self.encoder.keep(rows)
-        pick = lambda z, actions, labelled: (z[rows], {k: x[rows] for k, x in actions.items()},
-                                             labelled[rows])
-        self.history = [pick(*frame) for frame in self.history]
+        rows = self.tensor(rows)
+        self.dream.cache.select_rows(rows)
+        self.encoder.select_rows(rows)
+        self.history = [tuple(x[rows] for x in frame) for frame in self.history]
 
     def replay(self, rows):
-        """Commit the window of these rows again, under their present task. Exact for one time
-        layer; with more, the window's first frames lose what they had seen before it."""
-        z, actions, labelled = zip(*self.history, strict=True)
-        T, cache = len(z), self.dream.cache
-        fresh = Dream(self.run.dynamics, self.generator, cache=Cache(cache.context, cache.t - T))
-        h = fresh.commit(torch.cat([x[rows] for x in z], 1),
-                         {k: torch.cat([a[k][rows] for a in actions], 1) for k in actions[0]},
-                         torch.cat([x[rows] for x in labelled], 1),
-                         self.task[rows, None].expand(-1, T))
+        """Commit the window of these rows again, under their present task. Exact for one
+        time layer; with more its first frames lose what they had seen before it."""
+        past = [torch.cat(parts, 1)[rows] for parts in zip(*self.history, strict=True)]
+        T, cache = len(self.history), self.dream.cache
+        fresh = Dream(self.run.dynamics, self.generator, Cache(cache.context, cache.t - T))
+        h = fresh.commit(*past, self.task[rows, None].expand(-1, T))
         cache.copy_rows(rows, fresh.cache)
         self.h[rows] = h[:, -1]
 
     @torch.no_grad()
     def act(self):
-        actions = self.run.agent.act(self.h, self.generator, self.temperature)
-        return {k: x.cpu().numpy() for k, x in actions.items()}
+        return self.run.agent.act(self.h, self.generator, self.temperature).cpu().numpy()
 
 
-def evaluate_agent(worlds, length, run=None, dtype="auto", seed=0, gif=None, temperature=1.0):
-    """Plays one sampled episode in each of `worlds` (VecEnv); run None: uniform random actions.
-
-    Returns first (N, tasks + 1): the step at which each task was first done and, last, that of
-    death, inf where never. gif: a path for the first world's frames.
-    """
-    rng, device = np.random.default_rng(seed), run.device if run else torch.device("cpu")
-    frames, spec, N = worlds.reset(), worlds.spec, len(worlds.seeds)
-    ladder, film, alive = Ladder(spec, N), [frames[0]], np.arange(N)
-    first = np.full((N, len(spec.tasks) + 1), np.inf)
+def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.0):
+    """One sampled episode in each of `worlds` (VecEnv); run None: uniform random actions.
+    Returns first (N, tasks + 1): the step at which each task was first done and, last, that
+    of death, inf where never."""
+    spec, N = worlds.spec, len(worlds.seeds)
+    device = run.device if run else torch.device("cpu")
+    frames, order, alive = worlds.reset(), PromptOrder(spec, N), np.arange(N)
+    first, rng = np.full((N, len(spec.tasks) + 1), np.inf), np.random.default_rng(seed)
     with autocast(device, dtype):
         if run:
             actor = Actor(run, torch.Generator(device).manual_seed(seed), temperature)
-            actor.observe(frames, spec.actions.zeros(N), False, ladder.task)
+            actor.observe(frames, spec.actions.zeros(N), False, order.task)
         for step in tqdm(range(1, length + 1), desc=f"{N} episodes", leave=False):
-            chosen = actor.act() if run else spec.actions.sample(rng, len(alive))
             actions = spec.actions.zeros(N)
-            for name, x in chosen.items():
-                actions[name][alive] = x
+            actions[alive] = actor.act() if run else spec.actions.sample(rng, len(alive))
             frames, events, terminal = worlds.step(actions)
+
+            # what has happened for the first time, and the prompts that follow
             now = np.concatenate([events > 0, terminal[:, None]], 1)
-            first = np.where(now & np.isinf(first), step, first)
-            changed = ladder.advance(events)
-            film += [frames[0]] if 0 in alive and len(film) < FILM else []
+            first[now & np.isinf(first)] = step
+            changed = order.advance(events)
             if terminal.all():
                 break
-            if run and terminal[alive].any():           # the dead aren't computed any more
-                actor.keep(np.flatnonzero(~terminal[alive]))
-            alive = np.flatnonzero(~terminal)
+
+            # the dead aren't computed any more
+            survivors = np.flatnonzero(~terminal[alive])
+            if run and len(survivors) < len(alive):
+                actor.select_rows(survivors)
+            alive = alive[survivors]
             if run:
-                actor.observe(frames[alive], {k: x[alive] for k, x in actions.items()}, True,
-                              ladder.task[alive], changed[alive])
-    if gif:
-        write_film(gif, np.stack(film))
+                actor.observe(frames[alive], actions[alive], True, order.task[alive],
+                              changed[alive])
     return first
 
 
-def evaluate_player(env, episodes, length, seed, workers=0):
-    """The recorded player on the same worlds, for `length` steps -> first (N, tasks + 1)."""
+def play_recorded(worlds, length):
+    """The recorded player in the same worlds -> first, as play_episodes."""
+    first = []
     with tempfile.TemporaryDirectory() as folder:
-        dataset = record(env, folder, episodes, length + 1, seed, workers)
-        events = [np.column_stack([e["events"] > 0, e["continues"] == 0])
-                  for e in map(dataset.episode, range(episodes))]
-    return np.stack([np.where(e.any(0), e.argmax(0), np.inf) for e in events])
+        seed, n = int(worlds.seeds[0]), len(worlds.seeds)
+        data = record(worlds.name, folder, n, length + 1, seed)
+        for episode in map(data.episode, data.episodes("all")):
+            events = np.column_stack([episode["events"] > 0, episode["continues"] == 0])
+            first.append(np.where(events.any(0), events.argmax(0), np.inf))
+    return np.stack(first)
 
 
-def ladder_scores(spec, first):
-    """first (..., tasks + 1) -> (...): how many rungs an episode reached, whatever the prompts."""
-    return np.isfinite(first[..., [spec.tasks.index(r) for r in spec.rungs]]).sum(-1)
+class Episodes(NamedTuple):
+    """What an agent of a run did in N worlds: first (N, tasks + 1), see play_episodes."""
+    agent: str
+    run: str
+    first: np.ndarray
 
 
 def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0):
-    """evaluate_agent's `first` of "random", "player" or a stage of the run in `folder`. It is kept
-    in folder/episodes, and read back where the same checkpoint is asked for the same again."""
-    folder, env, seeds = Path(folder), worlds.name, worlds.seeds
-    name = f"{env}_{agent}_{seeds[0]}_{len(seeds)}x{length}".replace("/", "_").replace(":", "_")
-    if agent in STAGES:
-        crc = zlib.crc32((folder / f"{agent}.pt").read_bytes())
+    """Episodes of an agent of AGENTS in `worlds`. They are kept in RUN/episodes, and read
+    back where the same checkpoint is asked for the same again."""
+    folder, seeds, stage = Path(folder), worlds.seeds, AGENTS[agent]
+    name = f"{worlds.name}_{agent}_{seeds[0]}_{len(seeds)}x{length}"
+    if stage:
+        crc = zlib.crc32((folder / f"{stage}.pt").read_bytes())
         name += f"_t{temperature:g}_{pick_dtype(device, dtype)}_{crc:08x}"
-    path = folder / "episodes" / f"{name}.npy"
+    path = folder / "episodes" / f"{re.sub('[/:]', '_', name)}.npy"
     if path.exists():
         print(f"{path} is there; delete it to play again.")
-        return np.load(path)
-    print(f"Evaluating {folder}, {agent}, temperature {temperature:g}: {len(seeds)} episodes of "
+        return Episodes(agent, folder.name, np.load(path))
+    print(f"{folder}, {agent}, temperature {temperature:g}: {len(seeds)} episodes of "
           f"{length} steps.", flush=True)
     if agent == "player":
-        first = evaluate_player(env, len(seeds), length, seeds[0], worlds.workers)
+        first = play_recorded(worlds, length)
     else:
-        run = load_run(folder, agent, device, dtype) if agent in STAGES else None
-        gif = {"agent": "episode_bc.gif", "imagine": "episode_rl.gif"}.get(agent)
-        gif = None if temperature != 1 or seeds[0] != TEST_SEED else gif
-        first = evaluate_agent(worlds, length, run, dtype, temperature=temperature,
-                               gif=gif and folder / gif)
+        run = load_run(folder, stage, device, dtype) if stage else None
+        first = play_episodes(worlds, length, run, dtype, temperature=temperature)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda file: np.save(file, first))
-    return first
+    return Episodes(agent, folder.name, first)
 
 
-def t_interval(x):
-    """Mean of few runs, its 95 % t interval, and two-sided p of mean 0: x (n,) -> 4 numbers."""
-    n, mean = len(x), float(np.mean(x))
-    if n < 2:
-        return mean, -math.inf, math.inf, 1.0
-    angle = np.linspace(0, np.pi / 2, 200_001)[:-1]             # t = sqrt(n - 1) tan(angle)
-    share = np.cumsum(np.cos(angle) ** (n - 2))                 # P(|T| <= t), times its last
-    t, share = math.sqrt(n - 1) * np.tan(angle), share / share[-1]
-    error = float(np.std(x, ddof=1)) / math.sqrt(n)
-    half = float(np.interp(0.95, share, t)) * error
-    p = 1 - float(np.interp(abs(mean) / error, t, share)) if error else 1.0     # nothing to go by
-    return mean, mean - half, mean + half, p
+def achievements_of(spec):
+    """The tasks that are counted, by number."""
+    return [spec.tasks.index(task) for task in spec.achievements or spec.tasks]
 
 
-def mcnemar(a, b):
-    """Two-sided p of the exact McNemar test: a, b bool (n,), success in the same n worlds."""
-    more, less = int((a & ~b).sum()), int((~a & b).sum())
-    n = more + less
-    tail = sum(math.comb(n, i) for i in range(min(more, less) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
+def count_achievements(spec, first):
+    """first (..., tasks + 1) -> (...): how many were reached, whatever the prompts."""
+    return np.isfinite(first[..., achievements_of(spec)]).sum(-1)
 
 
-def holm(p):
-    """p values (n,), corrected for being the n tests that were made (Holm)."""
-    order, out = np.argsort(p), np.zeros(len(p))
-    worse = np.asarray(p)[order] * np.arange(len(p), 0, -1)
-    out[order] = np.maximum.accumulate(np.minimum(worse, 1.0))
-    return out
+def firsts_of(plays, agent):
+    """(runs, N, tasks + 1)."""
+    return np.stack([episodes.first for episodes in plays if episodes.agent == agent])
 
 
-def agent_entries(spec, firsts, length):
-    """{agent: first (runs, N, tasks + 1)}, all in the same worlds -> entries for results.json:
-    ladder score, steps until death (restricted to `length`), success and restricted mean time of
-    each rung, and agents whose names begin with "rl" against all others.
+def over_runs(x):
+    """x (runs, N) -> mean and interval over runs where there are several, else over worlds;
+    and how many episodes."""
+    return *t_interval(x.mean(1) if len(x) > 1 else x[0]), x.size
 
-    Intervals are over the runs where there are several, else over the worlds (they tell what other
-    runs would give on this world model and these worlds); of success the wider of that and Wilson's
-    of all episodes. Against "bc" the success of each rung is tested: paired t over runs, or McNemar
-    over the worlds of one; Holm over rungs.
+
+def agent_rows(spec, plays, length):
+    """Episodes of all agents -> rows: achievements, steps alive, success and mean time of
+    each achievement (failures count in full). The interval of success is the wider of that
+    over runs and Wilson's of all episodes, for runs without any success don't differ."""
+    rows = []
+    for agent in dict.fromkeys(episodes.agent for episodes in plays):
+        first, of = firsts_of(plays, agent), {"agent": agent}
+        score, alive = count_achievements(spec, first), np.minimum(first[..., -1], length)
+        rows.append(Result("achievements", *over_runs(score), "achievements", of))
+        rows.append(Result("steps_alive", *over_runs(alive), "steps", of))
+        for task in achievements_of(spec):
+            of, when = {"agent": agent, "task": spec.tasks[task]}, first[..., task]
+            done = np.isfinite(when)
+            low, high = wilson(done.sum(), done.size)
+            share, runs_low, runs_high, n = over_runs(done)
+            if len(done) > 1:
+                low, high = max(min(low, runs_low), 0.0), min(max(high, runs_high), 1.0)
+            rows.append(Result("success", share, low, high, n, "share", of))
+            rows.append(Result("time", *over_runs(np.minimum(when, length)), "steps", of))
+    return rows
+
+
+def difference_rows(spec, plays, a, b, length):
+    """Rows that compare two agents in the worlds that both played: achievements, and the
+    time of what both reach in most episodes. One run is compared with each of the other's.
     """
-    entries, rungs = {}, [spec.tasks.index(rung) for rung in spec.rungs]
+    first, other, of = firsts_of(plays, a), firsts_of(plays, b), {"agent": a, "than": b}
+    n = min(first.shape[1], other.shape[1])
+    first, other = np.broadcast_arrays(first[:, :n], other[:, :n])
+    more = count_achievements(spec, first) - count_achievements(spec, other)
+    rows = [Result("achievements_gain", *over_runs(more), "achievements", of)]
+    for task in achievements_of(spec):
+        x, y = first[..., task], other[..., task]
+        if min(np.isfinite(x).mean(), np.isfinite(y).mean()) > 0.5:
+            later = over_runs(np.minimum(x, length) - np.minimum(y, length))
+            task_of = of | {"task": spec.tasks[task]}
+            rows.append(Result("time_gain", *later, "steps", task_of))
+    return rows
 
-    def over(values):                               # (runs, N) -> value, low, high, n
-        few = len(values) > 1
-        return *(t_interval(values.mean(1))[:3] if few else mean_interval(values[0])), values.size
 
-    for agent, first in firsts.items():
-        scores = ladder_scores(spec, first)
-        entries[f"ladder_{agent}"] = *over(scores), "rungs"
-        entries[f"life_{agent}"] = *over(np.minimum(first[..., -1], length)), "steps"
-        for i, row in enumerate(scores if len(scores) > 1 else ()):
-            entries[f"ladder_{agent}_run{i}"] = *mean_interval(row), len(row), "rungs"
-        for rung, task in zip(spec.rungs, rungs, strict=True):
-            done, n = np.isfinite(first[..., task]), scores.size
-            low, high = wilson(int(done.sum()), n)
-            if len(done) > 1:                           # runs without any success don't differ
-                few = t_interval(done.mean(1))
-                low, high = max(min(low, few[1]), 0.0), min(max(high, few[2]), 1.0)
-            entries[f"success_{agent}_{rung}"] = done.mean(), low, high, n, "share"
-            entries[f"time_{agent}_{rung}"] = *over(np.minimum(first[..., task], length)), "steps"
-    pairs = [(a, b) for a in firsts if a.startswith("rl") for b in firsts if b[:2] != "rl"]
-    for a, b in [*pairs, ("bc", "random")]:
-        runs = {len(firsts.get(agent, ())) for agent in (a, b)}
-        if 0 in runs or len(runs - {1}) > 1:
-            continue                                # one run is compared with each of the others'
-        n = min(firsts[a].shape[1], firsts[b].shape[1])
-        x, y = np.broadcast_arrays(firsts[a][:, :n], firsts[b][:, :n])
-        gain = ladder_scores(spec, x) - ladder_scores(spec, y)
-        entries[f"ladder_{a}_minus_{b}"] = *over(gain), "rungs"
-        if (a, b) != ("rl", "bc"):
-            continue
-        entries["ladder_rl_over_bc"] = (ladder_scores(spec, x).mean()
-                                        / max(ladder_scores(spec, y).mean(), 1e-9), None, None,
-                                        gain.size, "ratio")
-        done = [(np.isfinite(x[..., task]), np.isfinite(y[..., task])) for task in rungs]
-        chances = holm([t_interval(one.mean(1) - two.mean(1))[3] if len(one) > 1 else
-                        mcnemar(one[0], two[0]) for one, two in done])
-        for rung, task, chance, (one, two) in zip(spec.rungs, rungs, chances, done, strict=True):
-            entries[f"p_rl_bc_{rung}"] = chance, None, None, gain.size, "p (Holm)"
-            if min(one.mean(), two.mean()) > 0.5:
-                entries[f"time_rl_minus_bc_{rung}"] = *over(
-                    np.minimum(x[..., task], length) - np.minimum(y[..., task], length)), "steps"
-    return entries
+def evaluate_agents(folder, device, dtype, episodes, length, agents=tuple(AGENTS)):
+    """Those of the agents that there are in the test worlds, the recorded player in half of
+    them -> [Result]."""
+    if bad := set(agents) - set(AGENTS):
+        raise UserError(f"Got agents {sorted(bad)}, need some of {', '.join(AGENTS)}.")
+    folder, env, plays = Path(folder), data_config(folder)["env"], []
+    seeds = range(TEST_SEED, TEST_SEED + episodes)
+    there = {agent for agent, stage in AGENTS.items() if (folder / f"{stage}.pt").exists()}
+    there |= {"random", "player"} if hasattr(make_env(env), "player") else {"random"}
+    with VecEnv(env, seeds) as worlds, VecEnv(env, seeds[:max(episodes // 2, 2)]) as fewer:
+        for agent in (agent for agent in agents if agent in there):
+            some = fewer if agent == "player" else worlds
+            plays.append(played(folder, some, agent, length, device, dtype))
+    rows, names = agent_rows(worlds.spec, plays, length), {p.agent for p in plays}
+    for a, others in (("imagination", ("BC", "random", "player")), ("BC", ("random",))):
+        for b in others:
+            if {a, b} <= names:
+                rows += difference_rows(worlds.spec, plays, a, b, length)
+    return rows
 
 
 def data_config(folder):
     """The data settings of a run, from its config.json."""
-    path = Path(folder) / "config.json"
+    path, need = Path(folder) / "config.json", {"env", "reference_episodes", "length"}
     if not path.exists():
-        raise UserError(f"No config.json in {folder}: name the folder of a run, or make one with "
-                        "'python train.py'.")
-    config, need = read_json(path), {"env": str, "reference_episodes": int, "length": int}
-    try:
-        wrong = [k for k, kind in need.items() if type(config["data"][k]) is not kind]
-    except (KeyError, TypeError):
-        wrong = list(need)
-    if wrong:
-        raise UserError(f"Got {path} without a right {wrong} in 'data', need what train.py wrote: "
-                        "run its command again.")
-    return config["data"]
+        raise UserError(f"No config.json in {folder}: name the folder of a run, or make "
+                        "one with 'python train.py'.")
+    config = read_json(path)
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or need - set(data):
+        raise UserError(f"Got {path} without {sorted(need)} in 'data', need what train.py "
+                        "wrote: run its command again.")
+    return data
 
 
-def evaluate_agents(folder, agents, episodes, length, device, dtype="auto", workers=0):
-    """Random, BC ("bc"), imagination policy ("rl") and recorded player ("player") on the test
-    worlds, the player in half of them -> entries for results.json."""
-    folder, env, firsts = Path(folder), data_config(folder)["env"], {}
-    if bad := set(agents) - {"random", "bc", "rl", "player"}:
-        raise UserError(f"Got agents {sorted(bad)}, need some of random, bc, rl and player.")
-    worlds, fewer = (VecEnv(env, range(TEST_SEED, TEST_SEED + n), workers)
-                     for n in (episodes, max(episodes // 2, 2)))
-    with worlds, fewer:
-        for agent in agents:
-            firsts[agent] = played(folder, fewer if agent == "player" else worlds,
-                                   {"bc": "agent", "rl": "imagine"}.get(agent, agent), length,
-                                   device, dtype)[None]
-    return agent_entries(worlds.spec, firsts, length)
+def reference_of(folder):
+    """The reference set by which a run is judged."""
+    data = data_config(folder)
+    return reference_set(data["env"], data["reference_episodes"], data["length"],
+                         data.get("reference", ""))
 
 
-@torch.no_grad()
-def evaluate_heads(run, dataset, dtype="auto", chunk=100):
-    """Reward and continue head along the reference episodes, under each of the tasks -> entries:
-    how often a predicted reward above 1/2 meets an event in that very frame (precision), and an
-    event such a prediction (recall); P(continue) at terminals and elsewhere."""
-    tasks, device = run.spec.tasks, run.device
-    generator = torch.Generator(device).manual_seed(0)
-    task = torch.arange(len(tasks), device=device)[:, None]
-    parts = []                          # of an episode: numbers by task, or at its end and before
-    for i in tqdm(dataset.episodes("all"), "heads", leave=False):
-        guess, alive = [], []
-        dream, eyes = Dream(run.dynamics, generator), run.tokenizer.new_cache()
-        for start in range(0, dataset.lengths[i], chunk):
-            T = min(chunk, dataset.lengths[i] - start)
-            clip, actions = to_tensors(dataset.read([i], [start], T), device)
-            each = lambda x: x.expand(len(tasks), *x.shape[1:])
-            with autocast(device, dtype):
-                z = run.tokenizer.encode(clip["frames"], eyes)
-                h = dream.commit(each(z), {k: each(x) for k, x in actions.items()},
-                                 each(clip["labelled"]), run.agent.prompt(task).expand(-1, T))
-                guess.append(run.agent.rewards(h, task).T.cpu().numpy())
-                alive.append(run.agent.continue_prob(h).mean(0).cpu().numpy())
-        guess, alive = np.concatenate(guess), np.concatenate(alive)
-        true = np.asarray(dataset.episode(i)["events"]) > 0
-        end = np.asarray(dataset.episode(i)["continues"]) == 0
-        claim, rows = guess > 0.5, np.stack([end, ~end], 1)
-        parts.append([x.sum(0) for x in (claim & true, claim, true, guess, rows * alive[:, None],
-                                         rows)])
-    hits, claims, events, guesses, alive, rows = (np.stack(x) for x in zip(*parts, strict=True))
-    entries = {}
-
-    def share(name, a, b, unit="share"):        # (episodes,) twice; intervals are over episodes
-        if b.any():
-            entries[name] = *bootstrap(ratio, a, b), int(b.sum()), unit
-
-    for name, some in [("", slice(None))] + [(f"_{t}", [k]) for k, t in enumerate(tasks)]:
-        of = [x[:, some].sum(1) for x in (hits, claims, events)]
-        share(f"reward_precision{name}", of[0], of[1])
-        share(f"reward_recall{name}", of[0], of[2])
-    share("continue_at_terminals", alive[:, 0], rows[:, 0], "p")
-    share("continue_elsewhere", alive[:, 1], rows[:, 1], "p")
-    share("reward_predicted_mean", guesses.sum(1) / len(tasks), rows.sum(1), "reward")
-    share("reward_true_mean", events.sum(1) / len(tasks), rows.sum(1), "reward")
-    return entries
+def judge_world(folder, stage, device, dtype="auto", sampler=AS_TRAINED):
+    """The world model of a stage (None: the latest) -> results.json. Returns the run."""
+    dataset, run = reference_of(folder), load_run(folder, stage, device, dtype)
+    rows = evaluate_world(run, dataset, dtype, sampler=sampler)
+    add_results(folder, this_command(), rows)
+    if run.agent:
+        picture_imagined(run, dataset, Path(folder) / "imagined.png", dtype=dtype)
+    return run
 
 
-@torch.no_grad()
-def evaluate_imagination(runs, dataset, dtype="auto", per_episode=4):
-    """Does what an agent imagines come true? {name: run with agent} dream as in training, on from
-    reference clips under the ladder's prompts; then the simulator takes the same actions -> shares
-    of clips in which the task is done: by the reward head in the dream ("imagined"), by the head on
-    the simulator's frames ("seen"), in truth; and of the imagined ones those that are true."""
-    entries, prompts = {}, ladder_prompts(dataset)
-    for name, run in runs.items():
-        C, H, device = run.agent.cfg.context, run.agent.cfg.horizon, run.device
-        clips, actions = reference_clips(dataset, per_episode, C + H, device)
-        episode, start = clips["where"]
-        last = dataset.offsets[episode] + start + C - 1
-        task = torch.from_numpy(prompts[last])[:, None].to(device)
-        prompt, labelled = run.agent.prompt(task).expand(-1, C + H), clips["labelled"]
-        generator = torch.Generator(device).manual_seed(0)
-        with autocast(device, dtype):
-            z = torch.cat([run.tokenizer.encode(x) for x in clips["frames"][:, :C].split(32)])
-            h, chosen, _ = imagine_rollout(
-                run.dynamics, run.agent, z, {k: x[:, :C] for k, x in actions.items()},
-                labelled[:, :C], prompt[:, :C], H, generator)
-            actions = {k: torch.cat([actions[k][:, :C], x], 1) for k, x in chosen.items()}
-            films, events = play_on(dataset, episode, start, C, actions)
-            films = torch.cat([clips["frames"][:, :C], torch.from_numpy(films).to(device)], 1)
-            z = torch.cat([run.tokenizer.encode(x) for x in films.split(32)])
-            labelled = torch.cat([labelled[:, :C], torch.ones_like(labelled[:, C:])], 1)
-            seen = Dream(run.dynamics, generator).commit(z, actions, labelled, prompt)[:, C:]
-            done = [(run.agent.rewards(x, task) > 0.5).any(1).cpu().numpy()
-                    for x in (h[:, 1:], seen)]
-        task = task.cpu().numpy()
-        done.append(np.take_along_axis(events > 0, task[..., None], 2).any((1, 2)))
-        for kind, x in zip(("imagined", "seen", "true"), done, strict=True):
-            entries[f"imagination_{name}_{kind}"] = *bootstrap(np.mean, x, block=per_episode), \
-                len(x), "share"
-        if done[0].any():
-            entries[f"imagination_{name}_precision"] = *bootstrap(
-                ratio, done[0] & done[2], done[0], block=per_episode), int(done[0].sum()), "share"
-    return entries
+def evaluate(folder, device, dtype="auto", episodes=200, length=500, agents=tuple(AGENTS),
+             sampler=AS_TRAINED):
+    """`play.py eval` and the end of train.py: world model and, with episodes, agents."""
+    run = judge_world(folder, None, device, dtype, sampler)
+    if run.agent and episodes:
+        rows = evaluate_agents(folder, device, dtype, episodes, length, agents)
+        add_results(folder, this_command(), rows)
 
 
-# ------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------- films, pictures, report
 
 def enlarge(frames, factor=2):
     return np.asarray(frames).repeat(factor, -3).repeat(factor, -2)
@@ -851,7 +635,8 @@ def enlarge(frames, factor=2):
 
 def write_film(path, frames, fps=8):
     """frames uint8 (T, H, W, 3) -> .gif or .mp4, twice as large."""
-    how = {"fps": fps} if Path(path).suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
+    gif = {"duration": 1000 / fps, "loop": 0}
+    how = {"fps": fps} if Path(path).suffix == ".mp4" else gif
     imageio.mimwrite(path, list(enlarge(frames)), **how)
 
 
@@ -865,39 +650,33 @@ def border(frames, color, width=3):
 
 
 @torch.no_grad()
-def dream_film(run, dataset, rows=4, context=16, horizon=32, dtype="auto", seed=0):
-    """uint8 (T, H', W', 3): for each clip imagined (left) and real (right). The left border is
-    green while the model is shown real frames and orange from where it imagines."""
-    device = run.device
-    horizon = min(horizon, max(dataset.lengths) - context)
-    clips, actions = reference_clips(dataset, 1, context + horizon, device)
-    pick = torch.linspace(0, len(clips["frames"]) - 1, rows).long()
-    real, labelled = clips["frames"][pick], clips["labelled"][pick]
-    with autocast(device, dtype):
-        z = run.tokenizer.encode(real)
-        dreamed = dream_clips(run, z, {k: x[pick] for k, x in actions.items()}, labelled, horizon,
-                              seed).cpu().numpy()
-    left = np.concatenate([border(dreamed[:, :context], GREEN),
-                           border(dreamed[:, context:], ORANGE)], 1)
-    pairs = np.concatenate([left, border(real.cpu().numpy(), GREEN)], -2)
+def dream_film(run, dataset, clips=4, horizon=32, dtype="auto", seed=0, sampler=AS_TRAINED):
+    """uint8 (T, H', W', 3): for each clip imagined (left) and real (right). The left border
+    is green while the model is shown real frames and orange from where it imagines."""
+    length = min(CONTEXT + horizon, max(dataset.lengths))
+    real = reference_clips(dataset, 1, length, run.device, clips)
+    with autocast(run.device, dtype):
+        batch = encode(run, real)
+        dreamed = dream_clips(run, batch, length - CONTEXT, seed, sampler=sampler)
+    dreamed = dreamed.cpu().numpy()
+    left = np.concatenate([border(dreamed[:, :CONTEXT], GREEN),
+                           border(dreamed[:, CONTEXT:], ORANGE)], 1)
+    pairs = np.concatenate([left, border(real.frames.cpu().numpy(), GREEN)], -2)
     return np.concatenate(list(pairs), -2)      # the clips side by side
 
 
 @torch.no_grad()
 def picture_reconstructions(run, dataset, path, n=8, dtype="auto"):
     """Real frames above, reconstructions below."""
-    device = run.device
-    clips, _ = reference_clips(dataset, 1, min(16, min(dataset.lengths)), device)
-    frames = clips["frames"][torch.linspace(0, len(clips["frames"]) - 1, n).long()]
-    with autocast(device, dtype):
-        rebuilt = run.tokenizer.decode(run.tokenizer.encode(frames))
-    rows = [np.concatenate(list(x[:, -1].cpu().numpy()), 1) for x in (frames, rebuilt)]
-    imageio.imwrite(path, enlarge(np.concatenate(rows, 0)))
+    clips = reference_clips(dataset, 1, min(16, min(dataset.lengths)), run.device, n)
+    with autocast(run.device, dtype):
+        rebuilt = run.tokenizer.decode(encode(run, clips).z)
+    pair = torch.cat([clips.frames[:, -1], rebuilt[:, -1]], 1).cpu().numpy()
+    imageio.imwrite(path, enlarge(np.concatenate(list(pair), 1)))
 
 
 def new_figure(rows, columns, size, pad=1.08):
     """matplotlib without a screen -> figure and its axes (rows, columns)."""
-    from matplotlib.figure import Figure
     figure = Figure(size, tight_layout={"pad": pad})
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -905,56 +684,40 @@ def new_figure(rows, columns, size, pad=1.08):
 def picture_curves(folder, stage):
     """metrics.jsonl -> STAGE_curves.png, one small chart per logged key."""
     lines = [x for x in read_metrics(folder) if x["stage"] == stage]
-    keys = [k for k in dict.fromkeys(k for x in lines for k in x)
-            if k not in ("stage", "step", "rate")]
+    keys = {k: None for x in lines for k in x if k not in ("stage", "step", "rate")}
     if not keys:
         return
     rows = -(-len(keys) // 4)
     figure, axes = new_figure(rows, 4, (14, 2.6 * rows))
+    for axis in axes.flat[len(keys):]:
+        axis.axis("off")
     for axis, key in zip(axes.flat, keys, strict=False):
         steps, values = zip(*[(x["step"], x[key]) for x in lines if key in x], strict=True)
         axis.plot(steps, values)
         axis.set_title(key, fontsize=9)
         if min(values) > 0 and max(values) > 5 * min(values):
             axis.set_yscale("log")
-    for axis in axes.flat[len(keys):]:
-        axis.axis("off")
     figure.savefig(Path(folder) / f"{stage}_curves.png", dpi=70)
 
 
-def picture_rollouts(path, errors, likeness):
-    """PSNR and SSIM by horizon: {curve: (n, T)} twice."""
-    figure, (axes,) = new_figure(1, 2, (11, 3.6))
-    for name in (name for name in errors if name != "next"):
-        for axis, curve in zip(axes, (decibel(errors[name]), likeness[name].mean(0)), strict=True):
-            axis.plot(np.arange(1, len(curve) + 1), curve, label=name)
-    for axis, title in zip(axes, ("PSNR, dB", "SSIM"), strict=True):
-        axis.set_xlabel("frames after the context")
-        axis.set_title(title)
-    axes[0].legend()
-    figure.savefig(path, dpi=80)
+def agents_in(results):
+    """Names of the agents that were judged, worst first."""
+    rows = [row for row in results if row.name == "achievements"]
+    return [row.of["agent"] for row in sorted(rows, key=lambda row: row.value)]
 
 
-def agents_in(results, spec):
-    """Names of the agents whose success is known, worst first."""
-    names = [k.removeprefix("ladder_") for k in results if k.startswith("ladder_")]
-    names = [k for k in names if f"success_{k}_{(spec.rungs or ('',))[0]}" in results]
-    return sorted(names, key=lambda name: results[f"ladder_{name}"]["value"])
-
-
-def picture_rungs(path, spec, results, measure):
-    """Bars of success or time per rung and agent with intervals (the paper's Figures 3 and 4)."""
-    agents = agents_in(results, spec)
-    if not agents:
+def picture_agents(path, spec, results, measure):
+    """Bars of success or time by achievement and agent (the paper's Figures 3 and 4)."""
+    agents, tasks = agents_in(results), spec.achievements or spec.tasks
+    if not agents or not tasks:
         return
     figure, ((axis,),) = new_figure(1, 1, (13, 3.6))
     for i, agent in enumerate(agents):
-        rows = [results[f"{measure}_{agent}_{rung}"] for rung in spec.rungs]
-        value = np.array([r["value"] for r in rows])
-        error = np.abs(np.array([[r["low"], r["high"]] for r in rows]).T - value)
+        rows = [find(results, measure, {"agent": agent, "task": task}) for task in tasks]
+        value, low, high = np.array([row[1:4] for row in rows], float).T    # None: nan
         axis.bar(np.arange(len(rows)) + 0.84 * i / len(agents), value, 0.84 / len(agents),
-                 yerr=error, label=agent, error_kw={"elinewidth": 0.8})
-    axis.set_xticks(np.arange(len(spec.rungs)) + 0.4, spec.rungs, rotation=25, ha="right")
+                 yerr=np.maximum([value - low, high - value], 0), label=agent)
+    axis.set_xticks(np.arange(len(tasks)) + 0.4, tasks, rotation=25, ha="right")
     axis.set_ylabel("success" if measure == "success" else "steps, failures count in full")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=80)
@@ -962,94 +725,78 @@ def picture_rungs(path, spec, results, measure):
 
 @torch.no_grad()
 def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
-    """Imagined rollouts of the policy on reference windows before an event of the ladder (where
-    one fits): the last frame of the context and what follows, with the task, predicted rewards and
-    values."""
-    cfg, device, rng = run.agent.cfg, run.device, np.random.default_rng(seed)
-    C, H = cfg.context, cfg.horizon
-    ladder, ahead = tuple(run.spec.tasks.index(name) for name, _ in run.spec.ladder), (C, C + H - 1)
-    before = len(dataset.showing(C, "all", None, *ahead, ladder)[0]) > 0
-    episode, start, task = dataset.sample(rng, rows, C, before, "all", ahead, ladder)
-    clips, actions = to_tensors(dataset.read(episode, start, C), device)
+    """Imagined rollouts of the policy, from reference windows before an event of the
+    prompts (where one fits): its task, the rewards r and values v that it expects."""
+    agent, device, names = run.agent, run.device, run.spec.tasks or ("no task",)
+    C, H = agent.cfg.context, agent.cfg.horizon
+    prompts = tuple(run.spec.tasks.index(name) for name, _ in run.spec.prompt_order)
+    windows = Windows(C, True, "all", (C, C + H - 1), prompts)
+    windows = windows._replace(relevant=len(dataset.windows_with_event(windows)[0]) > 0)
+    *where, task = dataset.sample(np.random.default_rng(seed), rows, windows)
     asked = torch.as_tensor(task, device=device)[:, None]
     with autocast(device, dtype):
-        z = run.tokenizer.encode(clips["frames"])
-        h, _, z_next = imagine_rollout(run.dynamics, run.agent, z, actions, clips["labelled"],
-                                       run.agent.prompt(asked).expand(-1, C), H,
-                                       torch.Generator(device).manual_seed(seed))
-        frames = run.tokenizer.decode(torch.cat([z, z_next], 1))[:, C - 1:].cpu().numpy()
-        rewards, values = run.agent.rewards(h, asked), run.agent.values(h)
-    figure, axes = new_figure(rows, h.shape[1], (1.1 * h.shape[1], 1.5 * rows), 0.3)
-    for i, row in enumerate(axes):
-        for t, axis in enumerate(row):
-            axis.imshow(frames[i, t])
-            axis.set_title(f"r {rewards[i, t]:.2f}\nv {values[i, t]:.2f}" if t else
-                           f"{run.spec.tasks[task[i]]}\nv {values[i, 0]:.2f}", fontsize=6, pad=2)
-            axis.axis("off")
+        batch = encode(run, read_clips(dataset, *where, C, device))
+        batch = batch._replace(task=agent.prompt(asked).expand(-1, C))
+        generator = torch.Generator(device).manual_seed(seed)
+        dream = dream_of(run.dynamics, agent, generator)
+        rolled = imagine_rollout(dream, agent, batch, H)
+        frames = run.tokenizer.decode(torch.cat([batch.z, rolled.z], 1)).cpu().numpy()
+        rewards, values = agent.rewards(rolled.h, asked), agent.values(rolled.h)
+    figure, axes = new_figure(rows, H + 1, (1.1 * (H + 1), 1.5 * rows), 0.3)
+    for (i, t), axis in np.ndenumerate(axes):
+        title = f"r {rewards[i, t]:.2f}" if t else names[task[i]]
+        axis.imshow(frames[i, C - 1 + t])
+        axis.set_title(f"{title}\nv {values[i, t]:.2f}", fontsize=6, pad=2)
+        axis.axis("off")
     figure.savefig(path, dpi=110)
 
 
-# -------------------------------------------------------------------------------------- report
+PICTURES = {"tokenizer_reconstructions.png": "Real frames (above) and reconstructions",
+            "dream.gif": "Dreams (left of each pair, orange border) beside reality (right)",
+            "success.png": "Success by achievement, 95 % intervals",
+            "times.png": "Mean time to each achievement, 95 % intervals",
+            "imagined.png": "Imagined rollouts of the policy: rewards r and values v",
+            **{f"{stage}_curves.png": f"Training curves: {stage}" for stage in STAGES}}
 
-PICTURES = (("rollouts.png", "PSNR and SSIM by horizon"),
-            ("interactions.png", "Interactions: last frame shown, dreamed outcome (green: right), "
-             "real outcome"),
-            ("long.gif", "500 dreamed frames"),
-            ("tokenizer_reconstructions.png", "Real frames (above) and their reconstructions"),
-            ("dream.gif", "Dreams (left of each pair, orange border) beside reality (right)"),
-            ("success.png", "Success by rung of the ladder, 95 % intervals"),
-            ("times.png", "Restricted mean time to each rung, 95 % intervals"),
-            ("imagined.png", "Imagined rollouts of the policy: predicted rewards r and values v"),
-            ("episode_bc.gif", "A real episode of the BC policy"),
-            ("episode_rl.gif", "A real episode of the policy trained in imagination"),
-            *((f"{s}_curves.png", f"Training curves: {s}")
-              for s in ("tokenizer", "dynamics", "agent", "imagine")))
+
+def markdown_table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def results_table(results):
-    lines = ["| figure | value | 95 % interval | n | unit |", "|---|---|---|---|---|"]
-    for name, r in sorted(results.items()):
-        interval = "" if r["low"] is None else f"{r['low']:.3g} to {r['high']:.3g}"
-        lines.append(f"| {name} | {r['value']:.4g} | {interval} | {r['n']} | {r['unit']} |")
-    return "\n".join(lines)
-
-
-def agents_table(results, spec):
-    """Markdown: ladder score and success of each rung, agents in rows."""
-    short = lambda r: f"{r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-    rows = [[name, str(results[f"ladder_{name}"]["n"]), short(results[f"ladder_{name}"]),
-             f"{results[f'life_{name}']['value']:.0f}",
-             *(f"{100 * results[f'success_{name}_{rung}']['value']:.3g}" for rung in spec.rungs)]
-            for name in agents_in(results, spec)]
-    head = ["agent", "episodes", "ladder score", "steps alive",
-            *(f"{rung}, %" for rung in spec.rungs)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    rows = []
+    for r in sorted(results, key=lambda r: (r.name, str(r.of))):
+        interval = "" if r.low is None else f"{r.low:.3g} to {r.high:.3g}"
+        of = ", ".join(map(str, r.of.values()))
+        rows.append((r.name, of, f"{r.value:.4g}", interval, r.n, r.unit))
+    return markdown_table(("measure", "of", "value", "95 % interval", "n", "unit"), rows)
 
 
 def write_report(folder):
-    """report.md: every figure of results.json and every picture of the run. Returns its path."""
+    """report.md: all rows of results.json and all pictures of the run. Returns its path."""
     folder = Path(folder)
     data_config(folder)
-    results, config = read_results(folder), read_json(folder / "config.json")
-    spec = load_run(folder).spec
-    picture_rungs(folder / "success.png", spec, results, "success")
-    picture_rungs(folder / "times.png", spec, results, "time")
-    parts = [f"# Report of {folder}", agents_table(results, spec), results_table(results),
-             "Commands: `results.json`.",
-             *(f"## {title}\n![{title}]({name})" for name, title in PICTURES
-               if (folder / name).exists()),
-             f"## Settings\n```json\n{json.dumps(config, indent=1)}\n```"]
+    config = json.dumps(read_json(folder / "config.json"), indent=1)
+    results, spec = read_results(folder), load_run(folder).spec
+    picture_agents(folder / "success.png", spec, results, "success")
+    picture_agents(folder / "times.png", spec, results, "time")
+    pictures = [f"## {title}\n![{title}]({name})" for name, title in PICTURES.items()
+                if (folder / name).exists()]
+    parts = [f"# Report of {folder}", results_table(results), "Commands: `results.json`.",
+             *pictures, f"## Settings\n```json\n{config}\n```"]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     return folder / "report.md"
 
 
-# ------------------------------------------------------------------------ play inside the dream
+# -------------------------------------------------------------------- play inside the dream
 
-PLAY_SEED, PLAYED, MAX_ROWS, MAX_BODY = 40_000, 64, 3000, 4096
+PLAYED, MAX_ROWS, MAX_BODY = 64, 3000, 4096     # frames before the game, of a film; bytes
 WORLDS = ("dream", "real")
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-           "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-           "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"}
+           "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
+           "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+           "frame-ancestors 'none'"}
 
 
 def pick(request, name, options, default=None):
@@ -1064,211 +811,242 @@ def pick(request, name, options, default=None):
 
 def png(frame):
     """uint8 (H, W, 3) -> a PNG as base64 text."""
-    return base64.b64encode(imageio.imwrite("<bytes>", frame, format="png",
-                                            compress_level=1)).decode()
+    data = imageio.imwrite("<bytes>", frame, format="png", compress_level=1)
+    return base64.b64encode(data).decode()
+
+
+class Row(NamedTuple):
+    """A frame that a world showed, the action that led there and what happened."""
+    frame: np.ndarray
+    action: np.ndarray
+    events: np.ndarray
+    continues: bool = True
 
 
 class Session:
     """The game: the dream beside the real environment, from the same start.
 
-    `handle` answers one request, a dict with "op" and the page's settings. The dream has no task;
-    `reader` commits the same frames for every world and prompt (the ladder's tasks), so that h
-    (worlds, n, D) is there for all. rows: what a world showed, (frame, action, events, continues).
+    `handle` answers one request, a dict with "op" and the page's settings. `dream` has no
+    task; `policy_dream` commits the same frames for every world and prompt, so that h
+    (worlds, n, D) is there for all.
     """
 
     def __init__(self, run, env, folder, dtype="auto"):
         if run.dynamics is None:
-            raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
-        self.run, self.env, self.folder, self.dtype = run, env, Path(folder) / "sessions", dtype
-        self.device, self.cfg = run.device, run.dynamics.cfg
-        self.keys, self.spec = controls(env), env.spec
-        self.prompts = list(dict.fromkeys(x for x, _ in env.spec.ladder)) or list(env.spec.tasks)
-        self.n, self.rung = len(self.prompts), [env.spec.tasks.index(x) for x in self.prompts]
-        self.level = round(run.dynamics.tau_ctx * self.cfg.k_max)
-        agent, last = run.agent, run.stage == "imagine"
-        self.policies = {"bc": agent.prior if last else agent.policy} if agent else {}
-        self.policies |= {"rl": agent.policy} if last else {}
-        self.ops = {f.__name__: f for f in (self.reset, self.step, self.what_if, self.denoise,
-                                            self.mask, self.save)}
+            raise UserError(f"No dynamics in {folder}: run 'python train.py --stage "
+                            "dynamics' first.")
+        self.run, self.env, self.dtype, self.device = run, env, dtype, run.device
+        self.folder = Path(folder) / "sessions"
+        self.spec, self.keys = env.spec, controls(env)
+        self.tasks = list(dict(PromptOrder(env.spec, 1).steps))     # of the prompts
+        self.policies = {}
+        if run.agent:
+            self.policies["BC"] = run.agent.policy
+        if run.stage == "imagine":
+            self.policies = {"BC": run.agent.prior, "imagination": run.agent.policy}
+        self.generator, self.caches = None, (None, None)
+        self.ops = {"reset": self.reset, "step": self.step, "what_if": self.what_if,
+                    "denoise": self.denoise, "mask": self.mask, "save": self.save}
         self.handle({"op": "reset"})
 
     @torch.inference_mode()
     def handle(self, request):
-        """Sampling steps and signal level of committed frames hold for what is dreamed next."""
-        request, cfg = request if isinstance(request, dict) else {}, self.cfg
-        op = self.ops[pick(request, "op", self.ops)]
-        k = pick(request, "k", [2 ** i for i in range(cfg.k_max.bit_length())], cfg.k)
-        level = pick(request, "level", range(cfg.k_max), self.level)
-        self.run.dynamics.cfg = dataclasses.replace(cfg, k=k, tau_ctx=level / cfg.k_max)
-        self.prompt = pick(request, "prompt", range(-1, self.n), -1)        # -1: the ladder's
-        self.who = [pick(request, world, ("keys", *self.policies), "keys") for world in WORLDS]
+        """K and the signal level of committed frames hold for what is dreamed next."""
+        request, model = request if isinstance(request, dict) else {}, self.run.dynamics
+        op, k_max = self.ops[pick(request, "op", self.ops)], model.cfg.k_max
+        ks, who = [2 ** i for i in range(k_max.bit_length())], ("keys", *self.policies)
+        self.k = pick(request, "k", ks, model.cfg.k)
+        self.level = pick(request, "level", range(k_max), round(model.tau_ctx * k_max))
+        self.prompt = pick(request, "prompt", range(-1, len(self.tasks)), -1)   # -1: order
+        self.who = [pick(request, world, who, "keys") for world in WORLDS]
+        self.open_dreams()
         with autocast(self.device, self.dtype):
             return op(request)
 
+    def open_dreams(self):
+        """Dreams with the page's K and level that go on from the caches."""
+        model, level = self.run.dynamics, self.level / self.run.dynamics.cfg.k_max
+        self.dream, self.policy_dream = (
+            Dream(model, self.generator, cache, self.k, tau_ctx=level)
+            for cache in self.caches)
+
     def reset(self, request):
-        """Both worlds after `PLAYED` frames of the recorded player in a world never trained on
-        ("held_out") or at its first frame ("fresh"); or the dream alone, from "nothing"."""
+        """Both worlds after `PLAYED` frames of the recorded player in a world never trained
+        on ("held_out") or at its first frame ("fresh"); or the dream, from "nothing"."""
         seed = pick(request, "seed", range(2 ** 31), PLAY_SEED)
         start = pick(request, "start", ("held_out", "fresh", "nothing"), "held_out")
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.dream, self.reader = (Dream(self.run.dynamics, self.generator) for _ in range(2))
+        self.caches = tuple(Cache(self.run.dynamics.cfg.context) for _ in range(2))
         self.encoder, self.decoder = (self.run.tokenizer.new_cache() for _ in range(2))
-        self.worlds, self.t = WORLDS[:1 + (start != "nothing")], 0
-        self.ladder = Ladder(self.spec, 2)
-        empty = self.spec.actions.zeros(), np.zeros(len(self.spec.tasks), bool), True
-        rows = [(None, *empty)]
-        if start != "nothing":
+        self.order, self.t, self.film = PromptOrder(self.spec, 2), 0, []
+        self.open_dreams()
+
+        # what was played before the game begins
+        first = Row(None, self.spec.actions.zeros(), np.zeros(len(self.spec.tasks), bool))
+        if start == "nothing":
+            self.worlds, played, color = WORLDS[:1], [first], ORANGE
+        else:
+            self.worlds, color = WORLDS, GREEN
+            skill = next(iter(getattr(self.env, "skills", ())), "-")
             length = PLAYED if start == "held_out" else 1
-            frames, actions, *more = play_episode(self.env, seed, 0, length, "skilled")[:4]
-            actions = [{k: x[t] for k, x in actions.items()} for t in range(len(frames))]
-            rows = list(zip(frames, actions, *more, strict=True))
-        for row in rows:
-            self.ladder.advance(np.stack([row[2]] * 2))
-        seen, self.over = rows[-self.cfg.context:], not rows[-1][3]
-        actions = self.tensors([[r[1] for r in seen]])
-        labelled = torch.arange(len(rows), device=self.device)[None, -len(seen):] > 0
-        z = (self.encode([r[0] for r in seen]) if start != "nothing" else
-             self.dream.imagine(actions, labelled))
-        self.rows, self.film = {"dream": [], "real": rows}, []
-        for picture, row in zip(self.commit(z, actions, labelled), seen, strict=True):
-            self.rows["dream"].append((picture, *((*row[1:3], True) if self.film else empty)))
-            self.shoot(picture, row[0], GREEN if start != "nothing" else ORANGE)
-        return {**self.show(), "controls": self.keys, "tasks": self.prompts,
-                "policies": list(self.policies), "k_max": self.cfg.k_max, "k": self.cfg.k,
-                "level": self.level, "name": self.spec.name, "seed": seed}
+            episode = play_episode(self.env, seed, 0, length, skill)
+            played = [Row(*row) for row in zip(*episode[:4], strict=True)]
+        for row in played:
+            self.order.advance(np.stack([row.events] * 2))
+        self.over = not played[-1].continues
 
-    def shoot(self, *frames):
-        """A frame of the film: dream, real, and the colour of the dream's border."""
-        self.now = frames[:len(self.worlds)]
+        # the dream is shown the end of it
+        seen = played[-self.run.dynamics.cfg.context:]
+        actions = self.tensor([[row.action for row in seen]])
+        labelled = torch.arange(len(played), device=self.device)[None, -len(seen):] > 0
+        z = (self.dream.imagine(actions, labelled) if start == "nothing" else
+             self.encode([row.frame for row in seen]))
+        pictures = self.commit(z, actions, labelled)
+        self.rows = {"dream": [], "real": played}
+        for picture, row in zip(pictures, seen, strict=True):
+            shown = row if self.film else first
+            self.add_row("dream", shown._replace(frame=picture, continues=True))
+            self.add_frame(picture, row.frame, color)
+        names = self.spec.tasks or ("no task",)
+        return {**self.show(), "controls": self.keys, "policies": list(self.policies),
+                "tasks": [names[i] for i in self.tasks], "name": self.spec.name,
+                "k_max": self.run.dynamics.cfg.k_max, "k": self.k, "level": self.level,
+                "seed": seed}
+
+    def add_row(self, world, row):
         if len(self.film) < MAX_ROWS:
-            self.film.append(np.concatenate([border(x, c) for x, c in
-                                             zip(self.now, (frames[2], GREEN), strict=False)], 1))
+            self.rows[world].append(row)
 
-    def tensors(self, actions):
-        """Action dicts [row][t] -> tensors (rows, T, .)."""
-        return {k: torch.as_tensor(np.array([[a[k] for a in row] for row in actions]),
-                                   device=self.device) for k in actions[0][0]}
+    def add_frame(self, dream, real, color):
+        """A frame of the film; color: of the dream's border."""
+        self.now = (dream, real)[:len(self.worlds)]
+        if len(self.film) < MAX_ROWS:
+            parts = zip(self.now, (color, GREEN), strict=False)
+            self.film.append(np.concatenate([border(*part) for part in parts], 1))
+
+    def tensor(self, actions):
+        """Actions [row][t] -> (rows, T, A)."""
+        return torch.as_tensor(np.array(actions), device=self.device)
 
     def encode(self, frames):
-        """Real frames (T, H, W, 3) -> their latents (1, T, S_z, Z); the last one is kept."""
+        """Real frames (T, H, W, 3) -> latents (1, T, S_z, Z); the last one is kept."""
         frames = torch.as_tensor(np.stack(frames), device=self.device)[None]
         z = self.run.tokenizer.encode(frames, self.encoder)
         self.z = z[:, -1:]
         return z
 
     def commit(self, z, actions, labelled):
-        """Frames (1 or worlds, T, .) that are known now -> the dream's as pictures (T, H, W, 3)."""
-        rows = self.n * len(self.worlds)
-        many = lambda x: x.repeat_interleave(rows // len(x), 0)
-        asked = torch.tensor(self.rung, device=self.device)
-        self.dream.commit(z[:1], {k: x[:1] for k, x in actions.items()}, labelled[:1])
+        """Frames (1 or worlds, T, .) that are there now -> the dream's as pictures."""
+        worlds, n, asked = len(self.worlds), len(self.tasks), self.tensor(self.tasks)
+        self.dream.commit(z[:1], actions[:1], labelled[:1])
         if self.policies:
-            h = self.reader.commit(many(z), {k: many(x) for k, x in actions.items()},
-                                   many(labelled), self.run.agent.prompt(asked).repeat(
-                                       len(self.worlds))[:, None].expand(-1, z.shape[1]))
-            self.h = h[:, -1].view(len(self.worlds), self.n, -1)
-            self.rewards = self.run.agent.rewards(self.h, asked).cpu().numpy()  # (worlds, n)
+            many = [x.repeat_interleave(worlds * n // len(x), 0)
+                    for x in (z, actions, labelled)]
+            task = self.run.agent.prompt(asked).repeat(worlds)[:, None]
+            h = self.policy_dream.commit(*many, task.expand(-1, z.shape[1]))
+            self.h = h[:, -1].view(worlds, n, -1)
+            self.rewards = self.run.agent.rewards(self.h, asked).cpu().numpy()
         return self.run.tokenizer.decode(z[:1], self.decoder)[0].cpu().numpy()
 
-    def held(self, request):
-        """The action of the keys that are held; of a categorical part the last one counts."""
-        action, held = self.spec.actions.zeros(), request.get("held", [])
-        for i in held if isinstance(held, list) else [held]:
-            key = self.keys[pick({"held": i}, "held", range(len(self.keys)))]
-            action[key["part"]][key["index"]] = key["value"]
+    def pressed(self, request):
+        """The action of the pressed keys; of those of one column the last one counts."""
+        action, pressed = self.spec.actions.zeros(), request.get("pressed", [])
+        for i in pressed if isinstance(pressed, list) else [pressed]:
+            key = self.keys[pick({"pressed": i}, "pressed", range(len(self.keys)))]
+            action[key["column"]] = key["value"]
         return action
 
     def policy(self, w):
         """World w -> its prompt, and its policy's logits (1, n) of the next action."""
-        prompt = self.prompt if self.prompt >= 0 else self.rung.index(self.ladder.task[w])
+        order = self.tasks.index(self.order.task[w])
+        prompt = order if self.prompt < 0 else self.prompt
         head = self.policies.get(self.who[w], self.run.agent.policy)
-        return prompt, head(self.h[w, prompt][None])[:, 0]
+        return prompt, head(self.h[w, prompt][None], 1)[:, 0]
 
     def step(self, request):
         """One frame of each world."""
-        chosen = [self.held(request) for _ in self.worlds]
-        for w in range(len(self.worlds)):
+        chosen = [self.pressed(request) for _ in self.worlds]
+        for w in range(len(chosen)):
             if self.who[w] != "keys":
-                drawn = sample_action(self.spec.actions, self.policy(w)[1], self.generator)
-                chosen[w] = {k: x[0].cpu().numpy() for k, x in drawn.items()}
-        events = np.zeros((2, len(self.spec.tasks)), bool)
-        room = len(self.film) < MAX_ROWS
-        actions, self.t = self.tensors([[a] for a in chosen]), self.t + 1
-        frame, self.dream.k = self.now[-1], self.run.dynamics.cfg.k
-        labelled = torch.ones(len(chosen), 1, dtype=torch.bool, device=self.device)
-        z = self.dream.imagine({k: x[:1] for k, x in actions.items()}, labelled[:1])
-        if len(chosen) == 2 and not self.over:
-            frame, events[1], self.over = self.env.step(chosen[1])
-            self.encode([frame])
-            self.rows["real"] += [(frame, chosen[1], events[1], not self.over)] * room
-        z = torch.cat([z, self.z]) if len(chosen) == 2 else z
+                logits = self.policy(w)[1]
+                sampled = sample_action(self.spec.actions, logits, self.generator)
+                chosen[w] = sampled[0].cpu().numpy()
+        events, frame = np.zeros((2, len(self.spec.tasks)), bool), self.now[-1]
+        actions, self.t = self.tensor(chosen)[:, None], self.t + 1
+        labelled = torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device)
+        z = self.dream.imagine(actions[:1], labelled[:1])
+        if len(chosen) == 2:
+            if not self.over:
+                frame, events[1], self.over = self.env.step(chosen[1])
+                self.encode([frame])
+                self.add_row("real", Row(frame, chosen[1], events[1], not self.over))
+            z = torch.cat([z, self.z])
         picture = self.commit(z, actions, labelled)[0]
-        if self.policies:               # in the dream an event is a reward that the model predicts
-            events[0, self.rung] = self.rewards[0] > 0.5
-        self.rows["dream"] += [(picture, chosen[0], events[0], True)] * room
-        self.shoot(picture, frame, ORANGE)
-        self.ladder.advance(events)
+        if self.policies and self.spec.tasks:       # in the dream: predicted rewards
+            events[0, self.tasks] = self.rewards[0] > 0.5
+        self.add_row("dream", Row(picture, chosen[0], events[0]))
+        self.add_frame(picture, frame, ORANGE)
+        self.order.advance(events)
         return self.show()
 
     def show(self):
         """What the page draws: pictures, and what the agent makes of them."""
-        minds, agent = {}, self.run.agent
+        readouts, agent = {}, self.run.agent
         for w, world in enumerate(self.worlds if self.policies else ()):
             prompt, logits = self.policy(w)
-            binary, parts = split_logits(self.spec.actions, logits[0])
-            p = torch.cat([binary.sigmoid(), *(x.softmax(-1) for x in parts[:1])]).tolist()
+            p = [x[0].softmax(-1).tolist() for x in split_logits(self.spec.actions, logits)]
             h = self.h[w, prompt]
-            minds[world] = {"prompt": prompt, "rewards": self.rewards[w].tolist(), "policy": p,
-                            "value": agent.values(h).item(),
-                            "goes_on": agent.continue_prob(h).item()}
+            readouts[world] = {
+                "prompt": prompt, "rewards": self.rewards[w].tolist(),
+                "policy": [p[key["column"]][key["value"]] for key in self.keys],
+                "value": agent.values(h).item(), "goes_on": agent.continue_prob(h).item()}
         pictures = {world: png(x) for world, x in zip(self.worlds, self.now, strict=True)}
-        return {"t": self.t, "over": self.over, "minds": minds, "pictures": pictures}
+        return {"t": self.t, "over": self.over, "readouts": readouts, "pictures": pictures}
 
     def what_if(self, request):
-        """Counterfactuals (Figure 6): each action held for some frames from the frozen state, in
+        """Counterfactuals (Figure 6): each action for some frames from the frozen state, in
         the dream and in copies of the real environment, where it can be copied."""
         frames, keys = pick(request, "frames", range(1, 17), 4), self.keys[:24]
-        chosen = [self.held({"held": i}) for i in range(len(keys))]
-        dream, decoder = self.dream.futures(len(keys)), self.decoder.fork(len(keys))
+        chosen = [self.pressed({"pressed": i}) for i in range(len(keys))]
+        dream, decoder = self.dream.branch(len(keys)), self.decoder.branch(len(keys))
         for _ in range(frames):
-            z, _ = dream.step(self.tensors([[a] for a in chosen]))
-            pictures = self.run.tokenizer.decode(z, decoder)
-        found = [{"label": key["label"], "dream": png(x[0])}
-                 for key, x in zip(keys, pictures.cpu().numpy(), strict=True)]
-        for action, shown in zip(chosen, found, strict=True):
-            if len(self.worlds) == 2 and not self.over and (env := copy_env(self.env)):
-                for _ in range(frames):
-                    frame, _, end = env.step(action)
-                    if end:
-                        break
-                shown["real"] = png(frame)
-        return {"frames": frames, "outcomes": found}
+            z, _ = dream.step(self.tensor(chosen)[:, None])
+            pictures = self.run.tokenizer.decode(z, decoder).cpu().numpy()
+        outcomes = []
+        for key, action, picture in zip(keys, chosen, pictures, strict=True):
+            outcomes.append({"label": key["label"], "dream": png(picture[0])})
+            env = None if self.over or len(self.worlds) == 1 else copy_env(self.env)
+            for _ in range(frames if env else 0):
+                frame, _, terminal = env.step(action)
+                outcomes[-1]["real"] = png(frame)
+                if terminal:
+                    break
+        return {"frames": frames, "outcomes": outcomes}
 
     def denoise(self, request):
-        """The next frame's K steps (Eq. 2): the noisy latents they see and the clean ones that they
-        predict, as pictures."""
-        steps = self.dream.futures(1).trace(self.tensors([[self.held(request)]]))
+        """The next frame's K steps (Eq. 2): the noisy latents they see and the clean ones
+        that they predict, as pictures."""
+        steps = self.dream.branch(1).trace(self.tensor([[self.pressed(request)]]))
         z = torch.cat([x for pair in steps for x in pair])
-        frames = self.run.tokenizer.decode(z, self.decoder.fork(len(z)))[:, 0].cpu().numpy()
-        return {"sees": [png(x) for x in frames[::2]], "predicts": [png(x) for x in frames[1::2]]}
+        frames = self.run.tokenizer.decode(z, self.decoder.branch(len(z)))
+        pictures = [png(x) for x in frames[:, 0].cpu().numpy()]
+        return {"sees": pictures[::2], "predicts": pictures[1::2]}
 
     def mask(self, request):
         """The tokenizer rebuilds the present picture with a share of its patches hidden."""
         share = pick(request, "share", range(101), 50) / 100
-        frame = torch.as_tensor(self.now[-1], device=self.device)[None, None]
-        tokenizer = self.run.tokenizer
-        hidden = torch.rand(6, 1, tokenizer.patches, device=self.device) < share
-        sees, rebuilt = tokenizer.rebuild(frame.expand(6, -1, -1, -1, -1), hidden)
-        return {"sees": [png(x[0]) for x in sees.cpu().numpy()],
-                "predicts": [png(x[0]) for x in rebuilt.cpu().numpy()]}
+        frames = torch.as_tensor(self.now[-1], device=self.device).expand(6, 1, -1, -1, -1)
+        hidden = torch.rand(6, 1, self.run.tokenizer.patches, device=self.device) < share
+        sees, rebuilt = self.run.tokenizer.rebuild(frames, hidden)
+        return {"sees": [png(x) for x in sees[:, 0].cpu().numpy()],
+                "predicts": [png(x) for x in rebuilt[:, 0].cpu().numpy()]}
 
     def save(self, request):
         """The session as a GIF, and what each world showed as an episode of a dataset."""
         for world in self.worlds:
             folder = self.folder / world
-            frames, actions, events, continues = zip(*self.rows[world], strict=True)
-            write_episode(folder, len(list(folder.glob("episode_*.npy"))), frames,
-                          {k: [a[k] for a in actions] for k in actions[0]}, events, continues)
+            n = len(list(folder.glob("episode_*.npy")))
+            write_episode(folder, n, Episode(*zip(*self.rows[world], strict=True)))
             finish_dataset(folder, self.spec, {})
         path = self.folder / f"session_{len(list(self.folder.glob('*.gif'))):05d}.gif"
         write_film(path, np.stack(self.film))
@@ -1276,7 +1054,7 @@ class Session:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, POST /play asks the session; all else is refused and the line closed."""
+    """GET / is the page, POST /play asks the session; all else is refused."""
     protocol_version, server_version, sys_version = "HTTP/1.1", "play", ""
     timeout, wbufsize, disable_nagle_algorithm = 60, -1, True
 
@@ -1285,36 +1063,41 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, body, kind="application/json"):
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
+        about = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}
         if status != 200 or self.command != "POST":
-            self.send_header("Connection", "close")
+            about["Connection"] = "close"
+        for name, value in about.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
     def send_error(self, code, message=None, explain=None):
         """Also http.server's own refusals; its code for an unknown method is 501."""
-        message = message or HTTPStatus(code).phrase
-        self.answer(405 if code == 501 else code, json.dumps({"error": message}).encode())
+        body = json.dumps({"error": message or HTTPStatus(code).phrase})
+        self.answer(405 if code == 501 else code, body.encode())
 
     def refused(self, path):
-        """subtle: other sites can reach 127.0.0.1 through the browser, by a cross-site post or by
-        a name of theirs that resolves to it. A port of its own is fine: that is a forwarded one."""
-        hosts, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
+        """subtle: other sites can reach 127.0.0.1 through the browser, by a cross-site post
+        or a name of theirs that resolves to it. Another port is fine: a forwarded one."""
+        hosts = self.headers.get_all("Host", [])
+        origins = self.headers.get_all("Origin", [])
         name = r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?"
         own = len(hosts) == 1 and re.fullmatch(name, hosts[0])
         if not own or any(origin != f"http://{hosts[0]}" for origin in origins):
-            return self.send_error(403, "Got a foreign Host or Origin.") or True
-        return self.path != path and (self.send_error(404) or True)
+            self.send_error(403, "Got a foreign Host or Origin.")
+            return True
+        if self.path != path:
+            self.send_error(404)
+        return self.path != path
 
     def do_GET(self):
         if not self.refused("/"):
             self.answer(200, self.server.page, "text/html; charset=utf-8")
 
     def do_POST(self):
+        length = self.headers.get("Content-Length", "")
         if self.refused("/play"):
             return
-        length = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json":
             return self.send_error(415, "Need application/json.")
         if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,9}", length):
@@ -1323,17 +1106,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(413, f"Need at most {MAX_BODY} bytes.")
         body = self.rfile.read(int(length))
         try:
-            reply = self.server.pool.submit(self.server.session.handle, json.loads(body)).result()
-        except (UserError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            return self.send_error(400, str(error))
+            job = self.server.pool.submit(self.server.session.handle, json.loads(body))
+            self.answer(200, json.dumps(job.result()).encode())
+        except (UserError, json.JSONDecodeError, UnicodeError, RecursionError) as error:
+            self.send_error(400, str(error))
         except Exception as error:
             print(f"error: {error!r}", file=sys.stderr)
-            return self.send_error(500, repr(error))
-        self.answer(200, json.dumps(reply).encode())
+            self.send_error(500, repr(error))
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """A thread per connection; the session's work is done one request at a time, in one thread."""
+    """A thread per connection; the session's work is done one request at a time, in one."""
     allow_reuse_address = daemon_threads = True
     request_queue_size = 32
 
@@ -1346,9 +1129,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request, client_address):
         """A client that goes away is nothing to report."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            print(f"error: {error!r}", file=sys.stderr)
+        if not isinstance(sys.exc_info()[1], OSError):
+            print(f"error: {sys.exc_info()[1]!r}", file=sys.stderr)
 
 
 def open_server(session, port):
@@ -1359,19 +1141,19 @@ def open_server(session, port):
             return Server(session, page, p)
         except OSError:
             continue
-    raise UserError(f"Got --port {port}, need a free one there or up to 99 above: try another.")
+    raise UserError(f"Got --port {port}, need a free one there or up to 99 above.")
 
 
 def open_session(args):
-    device, env = pick_device(args.device), make_env(data_config(args.run)["env"])
-    run = load_run(args.run, None, device, args.dtype)
+    env, device = make_env(data_config(args.run)["env"]), pick_device(args.device)
+    run = load_run(args.run, args.stage, device, args.dtype)
     if run.agent:
         freeze(run.agent, device, args.dtype)
     return Session(run, env, args.run, args.dtype)
 
 
 def serve(args):
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))   # the browser needs the others
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))   # the browser needs some
     with open_server(open_session(args), args.port) as server:
         port = server.server_address[1]
         print(f"Play at http://127.0.0.1:{port} (Ctrl-C ends it; from another machine: "
@@ -1388,172 +1170,65 @@ def film_actions(args):
     """`play.py dream --actions "right right do"`: the session's film, without a browser."""
     session = open_session(args)
     session.handle({"op": "reset", "seed": PLAY_SEED + args.seed})
+    labels = [key["label"] for key in session.keys]
     for word in args.actions.split():
-        held = [i for i, key in enumerate(session.keys)
-                if word == key["label"] or key["label"].split("_")[-1] == word]
-        if len(held) != 1:
-            raise UserError(f"Got action {word!r}, need one of "
-                            f"{', '.join(key['label'] for key in session.keys)}.")
-        session.handle({"op": "step", "held": held})
+        fits = [i for i, label in enumerate(labels)
+                if word in (label, label.split("_")[-1])]
+        if len(fits) != 1:
+            raise UserError(f"Got action {word!r}, need one of {', '.join(labels)}.")
+        session.handle({"op": "step", "pressed": fits})
     return np.stack(session.film)
-
-
-def whole_numbers(text):                                # argparse names it in its error
-    return [int(k) for k in text.split(",")]
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="serve", choices=(
-        "serve", "eval", "world", "labels", "bench", "dream", "report"))
-    parser.add_argument("--port", type=int, default=8000, help="serve: this one or the next free")
-    parser.add_argument("--open", action="store_true", help="serve: open the browser")
-    parser.add_argument("--actions", help="dream: words like 'right right do', from one start")
-    parser.add_argument("--run", default="runs/crafter", help="folder of a training run")
-    parser.add_argument("--agents", default="random,bc,rl,player", help="eval: which agents")
-    parser.add_argument("--episodes", type=int, default=200, help="eval: episodes of each policy")
-    parser.add_argument("--length", type=int, default=500, help="eval: steps of an episode")
-    parser.add_argument("--compare", metavar="NAME=RUNS:STAGE,...", help="eval: several runs, each "
-                        "stage against the others: bc=seed*:agent,cool=seed*:agent@best,...")
-    parser.add_argument("--world-only", action="store_true", help="eval: skip the agents")
-    parser.add_argument("--with", dest="others", default="", metavar="NAME=RUN,...",
-                        help="labels: runs with other shares of labels, among them none=...")
-    parser.add_argument("--stage", choices=STAGES[1:], help="eval, world, labels: the stage "
-                        "that is judged, default the run's latest, labels: dynamics")
-    parser.add_argument("--parts", default="rollouts,interactions,sampling,long",
-                        help="world: which measures")
-    parser.add_argument("--policy", help="world: the run whose BC policy acts in sampling")
-    parser.add_argument("--out", default=None, help="dream: .gif or .mp4, default RUN/dream.gif")
-    parser.add_argument("--k", type=int, help="eval, world, labels, dream: sampling steps, "
-                        "default the run's")
-    parser.add_argument("--finest", action="store_true", help="eval, world, labels, dream: the "
-                        "network is told its finest step, whatever K")
-    parser.add_argument("--ks", default="1,2,4,8,16", metavar="K,K,...",
-                        type=whole_numbers, help="world: the sampling steps that are compared")
-    parser.add_argument("--clips", type=int, default=4, help="dream: pairs side by side")
-    parser.add_argument("--horizon", type=int, default=32, help="dream: imagined frames")
-    parser.add_argument("--seed", type=int, default=0, help="dream: seed of the noise, or world")
-    parser.add_argument("--workers", type=int, default=0, help="processes, 0: one per core")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    add = parser.add_argument
+    add("command", nargs="?", default="serve", choices=("serve", "eval", "dream", "report"))
+    add("--run", default="runs/crafter", help="folder of a training run")
+    add("--stage", choices=STAGES, help="default the latest; eval: its world model alone")
+    add("--port", type=int, default=8000, help="serve: this one or the next free")
+    add("--open", action="store_true", help="serve: open the browser")
+    add("--actions", help="dream: words like 'right right do', from one start")
+    add("--agents", default=",".join(AGENTS), help="eval: which agents")
+    add("--episodes", type=int, default=200, help="eval: episodes of each agent")
+    add("--length", type=int, default=500, help="eval: steps of an episode")
+    add("--world-only", action="store_true", help="eval: skip the agents")
+    add("--out", help="dream: .gif or .mp4, default RUN/dream.gif")
+    add("--k", type=int, help="eval, dream: sampling steps, default the run's")
+    add("--step_label", choices=("own", "min"), help="eval, dream: step told, 1/K or d_min")
+    add("--clips", type=int, default=4, help="dream: pairs side by side")
+    add("--horizon", type=int, default=32, help="dream: imagined frames")
+    add("--seed", type=int, default=0, help="dream: seed of the noise, or world")
+    add("--device", default="auto")
+    add("--dtype", default="auto")
     return parser
-
-
-def evaluate(words):
-    """`play.py eval` and the end of train.py: words of the command line -> results.json."""
-    args, command = make_parser().parse_args(words), "python play.py " + shlex.join(words)
-    folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
-    if args.compare:
-        from paper.figure3_agents import compare_agents
-        return add_results(folder, command, compare_agents(
-            folder, args.compare, args.episodes, args.length, device, args.dtype, args.workers),
-            ("ladder_", "life_", "success_", "time_", "p_rl_", "temperature_", "validation_"))
-    run, dataset = open_run(args, settings, device)
-    add_results(folder, command, evaluate_world(run, dataset, args.dtype, horizon=16))
-    if run.dynamics:
-        add_results(folder, command, measure_speed(run, args.dtype))
-    if run.agent and not args.world_only:
-        add_results(folder, command, evaluate_heads(run, dataset, args.dtype))
-        picture_imagined(run, dataset, folder / "imagined.png", dtype=args.dtype)
-        if run.spec.ladder and "seed" in dataset.settings and can_copy(settings["env"]):
-            runs = {name: load_run(folder, stage, device, args.dtype)
-                    for name, stage in (("bc", "agent"), ("rl", "imagine"))
-                    if (folder / f"{stage}.pt").exists()}
-            add_results(folder, command, evaluate_imagination(runs, dataset, args.dtype))
-        agents = [a for a in args.agents.split(",") if (a != "rl" or run.stage == "imagine")
-                  and (a != "player" or hasattr(make_env(settings["env"]), "player"))]
-        add_results(folder, command, evaluate_agents(folder, agents, args.episodes, args.length,
-                                                     device, args.dtype, args.workers))
-
-
-def evaluate_world_more(args, command):
-    """`play.py world`: the measures of the world model that take longer, into results.json."""
-    folder, device, settings = Path(args.run), pick_device(args.device), data_config(args.run)
-    run, dataset = open_run(args, settings, device)
-    parts = args.parts.split(",")
-    if bad := set(parts) - {"rollouts", "interactions", "sampling", "long"}:
-        raise UserError(f"Got parts {sorted(bad)}, need some of rollouts, interactions, sampling "
-                        "and long.")
-    if "interactions" in parts and not hasattr(make_env(settings["env"]), "reader"):
-        raise UserError(f"Got --parts {args.parts}, need it without interactions: they are "
-                        f"scripted for crafter, not for {settings['env']}.")
-    from paper.figure5_interactions import evaluate_interactions, interaction_set
-    from paper.figure8_sampling import evaluate_sampling
-    from paper.rollouts import evaluate_long
-    measures = {
-        "rollouts": lambda: evaluate_world(run, dataset, args.dtype,
-                                           simulator="seed" in dataset.settings,
-                                           picture=folder / "rollouts.png"),
-        "interactions": lambda: evaluate_interactions(
-            run, interaction_set(settings["env"]), args.dtype, folder / "interactions.png"),
-        "sampling": lambda: evaluate_sampling(
-            run, dataset, load_run(args.policy or folder, "agent", device, args.dtype),
-            args.ks, dtype=args.dtype),
-        "long": lambda: evaluate_long(run, dataset, dtype=args.dtype, film=folder / "long.gif")}
-    for part in parts:
-        print(f"Measuring {part}.", flush=True)
-        add_results(folder, command, measures[part]())
-
-
-def load_asked(folder, args, device):
-    """The run in `folder` at the stage, and sampling as, the command line asks for."""
-    run = load_run(folder, args.stage, device, args.dtype)
-    if run.dynamics is None and args.command != "eval":
-        raise UserError(f"No dynamics in {folder}: run 'python train.py --stage dynamics'.")
-    if run.dynamics:
-        cfg = run.dynamics.cfg
-        run.dynamics.cfg = dataclasses.replace(
-            cfg, k=args.k or cfg.k, d_label="min" if args.finest else cfg.d_label)
-    return run
-
-
-def open_run(args, settings, device):
-    """The run that the command names, and the reference set that it is judged by."""
-    return load_asked(args.run, args, device), reference_set(
-        settings["env"], settings["reference_episodes"], settings["length"], args.workers,
-        settings.get("reference", ""))
 
 
 def main():
     args = make_parser().parse_args()
-    folder, command = Path(args.run), "python play.py " + shlex.join(sys.argv[1:])
+    sampler, device = Sampler(args.k, args.step_label), pick_device(args.device)
     if args.command == "report":
-        print(write_report(folder))
+        print(write_report(args.run))
     elif args.command == "serve":
         serve(args)
     elif args.command == "eval":
-        evaluate(sys.argv[1:])
-    elif args.command == "world":
-        evaluate_world_more(args, command)
-    elif args.command == "labels":
-        device, settings = pick_device(args.device), data_config(folder)
-        args.stage = args.stage or "dynamics"           # as many steps in all of them
-        run, dataset = open_run(args, settings, device)
-        others = dict(pair.split("=", 1) for pair in args.others.split(",") if "=" in pair)
-        if "none" not in others:
-            raise UserError(f"Got --with {args.others!r}, need none=RUN,NAME=RUN,...: the run "
-                            "without labels and those in between; --run is the one with all.")
-        runs = {"all": run} | {k: load_asked(r, args, device) for k, r in others.items()}
-        from paper.figure7_labels import evaluate_labels
-        add_results(folder, command, evaluate_labels(runs, dataset, args.dtype))
-    elif args.command == "bench":
-        from paper.bench import bench
-        entries = bench(pick_device(args.device), args.dtype)
-        if folder.is_dir():
-            add_results(folder, command, entries)
+        if args.stage or args.world_only:
+            judge_world(args.run, args.stage, device, args.dtype, sampler)
+        else:
+            evaluate(args.run, device, args.dtype, args.episodes, args.length,
+                     args.agents.split(","), sampler)
+        print(results_table(read_results(args.run)))
     else:
-        path = Path(args.out or folder / "dream.gif")
         if args.actions is not None:
             film = film_actions(args)
         else:
-            run, dataset = open_run(args, data_config(folder), pick_device(args.device))
-            film = dream_film(run, dataset, args.clips, horizon=args.horizon, dtype=args.dtype,
-                              seed=args.seed)
+            run = load_run(args.run, args.stage, device, args.dtype)
+            film = dream_film(run, reference_of(args.run), args.clips, args.horizon,
+                              args.dtype, args.seed, sampler)
+        path = Path(args.out or Path(args.run) / "dream.gif")
         write_film(path, film)
         print(path)
-    if args.command in ("eval", "world", "labels"):
-        print(results_table(read_results(folder)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Efficient transformer (Dreamer 4, Section 3.4) and causal tokenizer (Section 3.1).
 
-Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, soft cap, GQA,
-                                                space layers and, among them, time layers
-Section 3.1  Tokenizer                          frames -> tanh latents -> frames, causal in time
-Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running RMS
+Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, soft cap,
+                                                GQA; space layers and, among them, time
+                                                layers
+Section 3.1  Tokenizer                          frames -> tanh latents -> frames, causal in
+time Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running
+RMS
+
 Shape letters, here and everywhere: B batch, T frames, S tokens in a frame, D width,
 Z latent channels, H W pixels. Departures from the paper: README, "Departures".
 """
@@ -17,12 +20,15 @@ from torch import nn
 
 from data import UserError, check_config
 
-PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scales recorded play to about zero mean, unit variance
+PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scale play to about zero mean and unit variance
+SOFT_CAP = 50.0                         # of attention logits
+TIME_EVERY = 4                          # the tokenizer's time layers: one in four
+CODE = 32                               # numbers that describe a cell
 
 
 # ------------------------------------------------------- Section 3.4: efficient transformer
 
-def attend(q, k, v, mask, soft_cap):
+def attend(q, k, v, mask, soft_cap=SOFT_CAP):
     """Grouped-query attention; soft cap and softmax in fp32.
 
     q (..., heads, L, E), k and v (..., kv_heads, M, E), mask None or broadcastable to
@@ -31,7 +37,8 @@ def attend(q, k, v, mask, soft_cap):
     *lead, heads, L, E = q.shape
     kv_heads, M = k.shape[-3:-1]
     group = heads // kv_heads
-    q = q.reshape(*lead, kv_heads, group * L, E)    # subtle: query heads of a group lie in a row
+    # subtle: the query heads that share a kv head lie in a row
+    q = q.reshape(*lead, kv_heads, group * L, E)
     logits = (q @ k.transpose(-1, -2)).float() * E ** -0.5
     logits = (soft_cap * torch.tanh(logits / soft_cap)).view(*lead, kv_heads, group, L, M)
     if mask is not None:
@@ -48,21 +55,23 @@ def rope_angles(positions, size, base=1000.0):
 
 
 def rope(x, cos, sin):
-    """Rotary position embedding of x (..., L, E): the product of two depends on their distance."""
+    """Rotary position embedding of x (..., L, E): the product of two depends on their
+    distance."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def reader_mask(others, readers, device=None):
-    """(S, S) modality mask, True = may attend: the last `readers` tokens of a frame see all of it,
-    the first `others` see only each other. Encoder: latents read patches; decoder: patch queries
-    read latents; dynamics: agent tokens read the world."""
-    sees_all = torch.arange(others + readers, device=device) >= others
-    return sees_all[:, None] | ~sees_all[None, :]
+    """(S, S) modality mask, True = may attend: the last `readers` tokens of a frame see all
+    of it, the first `others` see only each other. Encoder: latents read patches; decoder:
+    patch queries read latents; dynamics: agent tokens read the world."""
+    is_reader = torch.arange(others + readers, device=device) >= others
+    return is_reader[:, None] | ~is_reader[None, :]
 
 
 def time_mask(query_frames, key_frames, context):
-    """(L,) and (M,) frame indices -> (L, M), True = may attend: itself and context - 1 earlier."""
+    """(L,) and (M,) frame indices -> (L, M), True = may attend: a frame sees itself and the
+    context - 1 frames before it."""
     age = query_frames[:, None] - key_frames[None, :]
     return (age >= 0) & (age < context)
 
@@ -70,63 +79,74 @@ def time_mask(query_frames, key_frames, context):
 class Cache:
     """Keys and values of the time layers for the last `context` frames, as a ring.
 
-    A forward of one frame writes into the slot of frame `t`, and only `advance` moves on: the K
-    denoising passes of a frame overwrite each other, and the commit pass is what stays. A short
-    past has a short ring: it grows with the frames until it is `context` slots long.
+    A forward of one frame writes into the slot of frame `t`, and only `advance` moves on:
+    the K denoising passes of a frame overwrite each other, and the commit pass is what
+    stays. A short past has a short ring: it grows with the frames until it is `context`
+    slots long.
     """
 
     def __init__(self, context, t=0):
-        self.context, self.start, self.t, self.layers = context, t, t, {}
+        self.context = context
+        self.start, self.t = t, t       # index of the first frame, and of the next one
+        self.layers = {}                # layer -> ring of keys, ring of values
 
     def slots(self, T):
-        """Length of the ring once T new frames are in it: some are added at a time."""
+        """Length of the ring once T new frames are in it: it grows by 16 slots at a
+        time."""
         return min(self.context, -(-(self.t + T) // 16) * 16)
 
     def key_frames(self, T, device):
-        """Frame indices of the keys that `put` returns beside T new frames. One frame gets the
-        whole ring as it lies; empty slots have an index to come, which nothing attends to."""
+        """Frame indices of the keys that `put` returns beside T new frames. One frame gets
+        the whole ring as it lies; empty slots have an index to come, which nothing attends
+        to."""
         if T > 1:
             first = max(self.start, self.t - self.context)
             return torch.arange(first, self.t + T, device=device)
-        frames = self.t - (self.t - torch.arange(self.slots(1), device=device)) % self.context
+        slots = torch.arange(self.slots(1), device=device)
+        frames = self.t - (self.t - slots) % self.context
         return frames.masked_fill(frames < self.start, self.t + 1)
 
     def put(self, layer, k, v):
-        """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to attend to."""
+        """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to
+        attend to: those of the frames before, and the new ones."""
         T, C, t = k.shape[-3], self.context, self.t
-        held = torch.arange(max(self.start, t - C), t) % C      # slots of the frames before
+        before = torch.arange(max(self.start, t - C), t) % C    # slots of the frames before
         rings = self.layers.get(layer) or [x[..., :0, :, :] for x in (k, v)]
-        if (more := self.slots(T) - rings[0].shape[-3]) > 0:
-            self.layers[layer] = [F.pad(ring, (0, 0, 0, 0, 0, more)) for ring in rings]
-        out = []
+        missing = self.slots(T) - rings[0].shape[-3]
+        if missing > 0:
+            self.layers[layer] = [F.pad(ring, (0, 0, 0, 0, 0, missing)) for ring in rings]
+
+        to_attend = []
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
-            if T == 1:                          # subtle: no slice of it, which would be copied
+            if T == 1:          # subtle: the whole ring, for a slice would be copied
                 ring[..., t % C, :, :] = x[..., 0, :, :]
                 x = ring
-            else:
-                kept, x = x[..., -C:, :, :], torch.cat([ring[..., held, :, :], x], -3)
-                ring[..., torch.arange(t + max(T - C, 0), t + T) % C, :, :] = kept
-            out.append(x.flatten(-3, -2))
-        return out
+            else:               # read what was there before its slots are overwritten
+                new = x[..., -C:, :, :]
+                x = torch.cat([ring[..., before, :, :], x], -3)
+                ring[..., torch.arange(t + max(T - C, 0), t + T) % C, :, :] = new
+            to_attend.append(x.flatten(-3, -2))
+        return to_attend
 
     def advance(self, T=1):
         self.t += T
 
-    def fork(self, n):
+    def branch(self, n):
         """A copy with its rows repeated n times: futures that leave this cache as it is."""
         twin = Cache(self.context, self.t)
         twin.start = self.start
-        twin.layers = {layer: [ring.repeat(n, *[1] * (ring.dim() - 1)) for ring in rings]
-                       for layer, rings in self.layers.items()}
+        for layer, rings in self.layers.items():
+            twin.layers[layer] = [ring.repeat(n, *[1] * (ring.dim() - 1)) for ring in rings]
         return twin
 
-    def keep(self, rows):
+    def select_rows(self, rows):
         """Go on with these batch rows (n,) alone."""
-        self.layers = {layer: [ring[rows] for ring in rings]
-                       for layer, rings in self.layers.items()}
+        for layer, rings in self.layers.items():
+            self.layers[layer] = [ring[rows] for ring in rings]
 
     def copy_rows(self, rows, other):
-        """Replace batch rows (n,) by the rows of another cache that stands at the same frame."""
+        """Replace batch rows (n,) by the rows of another cache that stands at the same
+        frame."""
         assert (other.t, other.context) == (self.t, self.context), (other.t, self.t)
         for layer, rings in self.layers.items():
             for ring, new in zip(rings, other.layers[layer], strict=True):
@@ -134,13 +154,12 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer: over the tokens of a frame ("space"), over the frames of a
-    token ("time"), or over all tokens of all frames ("dense", the paper's ablation)."""
+    """Self-attention of one layer: over the tokens of a frame ("space"), over the frames of
+    a token ("time"), or over all tokens of all frames ("dense", the paper's ablation)."""
 
     def __init__(self, cfg, kind):
         super().__init__()
         self.kind, self.heads, self.size = kind, cfg.heads, cfg.dim // cfg.heads
-        self.soft_cap = cfg.soft_cap
         self.q = nn.Linear(cfg.dim, cfg.heads * self.size, bias=False)
         self.k = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
         self.v = nn.Linear(cfg.dim, cfg.kv_heads * self.size, bias=False)
@@ -151,14 +170,16 @@ class Attention(nn.Module):
         """(B, T, S, heads * E) -> (B, T, heads, S, E), (B, S, heads, T, E) or
         (B, 1, heads, T * S, E): the axis that attends stands last but one."""
         B, T, S, _ = x.shape
-        T, S = (1, T * S) if self.kind == "dense" else (T, S)
+        if self.kind == "dense":
+            T, S = 1, T * S
         x = x.view(B, T, S, -1, self.size)
         return x.permute(0, 2, 3, 1, 4) if self.kind == "time" else x.transpose(2, 3)
 
     def project(self, x, angles):
         """x (B, T, S, D) -> queries, keys and values as `split` gives them."""
         q, k, v = (self.split(layer(x)) for layer in (self.q, self.k, self.v))
-        q = rope(self.q_norm(q.float()), *angles).to(v.dtype)   # subtle: norm first, then rotate
+        # subtle: norm first, then rotate
+        q = rope(self.q_norm(q.float()), *angles).to(v.dtype)
         k = rope(self.k_norm(k.float()), *angles).to(v.dtype)
         return q, k, v
 
@@ -170,7 +191,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm SwiGLU."""
-    compiled = None             # set by train.py: torch.compile of forward
+    compiled = None                     # set by compile_module: torch.compile of forward
 
     def __init__(self, cfg, kind):
         super().__init__()
@@ -178,7 +199,8 @@ class Block(nn.Module):
         self.attention = Attention(cfg, kind)
         hidden = 64 * round(cfg.dim * 8 / 3 / 64)
         self.norm1, self.norm2 = nn.RMSNorm(cfg.dim), nn.RMSNorm(cfg.dim)
-        self.up, self.gate = (nn.Linear(cfg.dim, hidden, bias=False) for _ in range(2))
+        self.up = nn.Linear(cfg.dim, hidden, bias=False)
+        self.gate = nn.Linear(cfg.dim, hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
     def project(self, x, angles):
@@ -194,63 +216,89 @@ class Block(nn.Module):
         if cache is not None:
             T = x.shape[1]
             k, v = cache.put(layer, k.unflatten(-2, (T, -1)), v.unflatten(-2, (T, -1)))
-        return self.finish(x, attend(q, k, v, mask, self.attention.soft_cap))
+        return self.finish(x, attend(q, k, v, mask))
 
 
 class Transformer(nn.Module):
     """Space layers, and one time layer in every `time_every` (Section 3.4).
 
-    cfg needs dim, heads, kv_heads, context, time_every, dense, soft_cap. Time layers see the frame
-    itself and context - 1 earlier ones: of their own token, or with `dense` of all tokens.
+    cfg needs dim, heads, kv_heads, context. Time layers see the frame itself and context -
+    1 earlier ones: of their own token, or with `dense` of all tokens.
     """
 
-    def __init__(self, cfg, layers):
+    def __init__(self, cfg, layers, time_every, dense=False):
         super().__init__()
-        self.context = cfg.context
-        time, every = "dense" if cfg.dense else "time", cfg.time_every
-        kinds = [time if i % every == every // 2 else "space" for i in range(layers)]
+        self.context, self.size = cfg.context, cfg.dim // cfg.heads
+        in_time = "dense" if dense else "time"
+        kinds = [in_time if i % time_every == time_every // 2 else "space"
+                 for i in range(layers)]
         self.blocks = nn.ModuleList(Block(cfg, kind) for kind in kinds)
         self.norm = nn.RMSNorm(cfg.dim)
         for block in self.blocks:       # the residual stream starts close to the embeddings
             for weight in (block.attention.out.weight, block.down.weight):
                 nn.init.normal_(weight, std=0.5 * (cfg.dim * layers) ** -0.5)
 
-    def forward(self, x, space_mask, cache=None, single=None):
-        """x (B, T, S, D) -> (B, T, S, D). space_mask (S, S), True = may attend. single (B,) bool:
-        rows whose frames are separate images. With a cache, x continues at frame cache.t."""
-        B, T, S, D = x.shape
-        device, t = x.device, cache.t if cache else 0
+    def positions_and_masks(self, space_mask, cache, single, T):
+        """For the kinds of layers that there are: RoPE's angles and the mask, by kind."""
+        S, device = len(space_mask), space_mask.device
+        t = cache.t if cache else 0
         frames = torch.arange(t, t + T, device=device)
         keys = cache.key_frames(T, device) if cache else frames
+
+        # which frames see which; separate images see themselves alone, (B, 1, 1, 1, T, T)
         in_time = time_mask(frames, keys, self.context)
-        if single is not None:          # (B, 1, 1, 1, T, T)
-            in_time = in_time & (~single[:, None, None] | torch.eye(T, device=device).bool())
-            in_time = in_time[:, None, None, None]
-        angles, masks = {}, {"space": space_mask, "time": in_time, "dense": in_time}
-        for kind in {block.kind for block in self.blocks}:
-            positions = {"space": torch.arange(S, device=device), "time": frames,
-                         "dense": torch.arange(t * S, (t + T) * S, device=device)}[kind]
-            angles[kind] = rope_angles(positions, self.blocks[0].attention.size)
-        if "dense" in angles:           # frames see earlier frames through the modality mask too
+        if single is not None:
+            itself = torch.eye(T, dtype=torch.bool, device=device)
+            in_time = (in_time & (~single[:, None, None] | itself))[:, None, None, None]
+
+        masks = {"space": space_mask, "time": in_time}
+        positions = {"space": torch.arange(S, device=device), "time": frames}
+        if any(block.kind == "dense" for block in self.blocks):
+            # all tokens of the frames that are seen, through the modality mask too
             wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
             masks["dense"] = space_mask.repeat(T, keys.numel()) & wide
+            positions["dense"] = torch.arange(t * S, (t + T) * S, device=device)
+        return {kind: rope_angles(x, self.size) for kind, x in positions.items()}, masks
+
+    def forward(self, x, space_mask, cache=None, single=None):
+        """x (B, T, S, D) -> (B, T, S, D). space_mask (S, S), True = may attend. single (B,)
+        bool: rows whose frames are separate images. With a cache, x continues at frame
+        cache.t."""
+        angles, masks = self.positions_and_masks(space_mask, cache, single, x.shape[1])
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
-            else:                       # the cache is no tensor: such blocks compile in parts
+            else:               # the cache is no tensor: such blocks compile in parts
                 x = block(x, angles[block.kind], masks[block.kind], cache, i)
         return self.norm(x)
 
 
-# ------------------------------------------------------------- losses that every stage shares
+def compile_module(module, device):
+    """torch.compile of a module's blocks, faster on a CPU too once compiled. It needs a C++
+    compiler; without one the blocks run as they are, and a line says so."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:          # whatever is missing, training goes on without
+        print(f"torch.compile doesn't work here ({type(error).__name__}): it's slower.")
+        return
+    torch._dynamo.config.recompile_limit = 64
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compiled = torch.compile(block.forward, dynamic=False)
+            block.project = torch.compile(block.project, dynamic=False)     # beside a cache
+            block.finish = torch.compile(block.finish, dynamic=False)
+
+
+# ----------------------------------------------------------- losses that every stage shares
 
 class LossNormalizer(nn.Module):
     """Divides every loss term by a running RMS of itself (Section 3, "loss normalization").
 
-    Call with {name: scalar} and optional weights; returns the sum. Its buffers belong into the
-    checkpoint. subtle: the RMS is detached and *running*; by its own value each loss would be 1.
-    Its memory grows with the steps, up to 1 / (1 - decay) of them: what a loss started at, ln 255
-    for a two-hot head, would else make it count for next to nothing for hundreds of steps.
+    Call with {name: scalar} and optional weights; returns the sum. Its buffers belong into
+    the checkpoint. subtle: the RMS is detached and *running*; by its own value each loss
+    would be 1. Its memory grows with the steps, up to 1 / (1 - decay) of them: what a loss
+    started at, ln 255 for a two-hot head, would else make it count for next to nothing for
+    a long time.
     """
 
     def __init__(self, names, decay=0.99):
@@ -260,7 +308,7 @@ class LossNormalizer(nn.Module):
         self.register_buffer("count", torch.zeros(len(self.names)))
 
     def forward(self, losses, weights=()):
-        total = 0.0
+        weights, total = dict(weights), 0.0
         for name, loss in losses.items():
             i = self.names.index(name)
             with torch.no_grad():
@@ -268,61 +316,60 @@ class LossNormalizer(nn.Module):
                 self.square[i].lerp_(loss.detach().float().square(), rate)
                 self.count[i] += 1
                 rms = self.square[i].sqrt().clamp_min(1e-8)
-            total = total + dict(weights).get(name, 1.0) * loss / rms
+            total = total + weights.get(name, 1.0) * loss / rms
         return total
 
 
-# --------------------------------------------------------------- Section 3.1: causal tokenizer
+# ------------------------------------------------------------ Section 3.1: causal tokenizer
 
 @dataclass
 class TokenizerConfig:
     """Sizes of the causal tokenizer; the paper's values in the comments."""
     height: int = 72            # 360, from the dataset
-    width: int = 72             # 640
+    width: int = 72             # 640, from the dataset
     patch: int = 24             # 16
     dim: int = 256
-    encoder_layers: int = 4
-    decoder_layers: int = 4
+    layers: int = 4             # of the encoder, and as many of the decoder
     heads: int = 4
     kv_heads: int = 2
-    latents: int = 9           # 512 bottleneck tokens
+    latents: int = 9            # 512 bottleneck tokens
     channels: int = 64          # 16 channels each
     pack: int = 1               # 2: tokens merged into one for the dynamics
-    cell: int = 8               # side of the cells that a small shared MLP reads and draws; 0: none
-    local: bool = True          # latents belong to a patch, where they divide evenly among them
+    cell: int = 8               # side of the cells that a shared MLP reads, draws; 0: none
+    local: bool = True          # latents belong to a patch, where they divide evenly
     context: int = 6            # frames that a time layer sees
-    time_every: int = 4         # 4
-    dense: bool = False         # block-causal attention over all tokens instead of time layers
-    soft_cap: float = 50.0
     mae_max: float = 0.5        # 0.9: largest share of masked patches
-    lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs the package lpips
+    lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs lpips
 
     def __post_init__(self):
         check_config("tokenizer", self, zero=("cell",), shares=("mae_max",))
-        check_transformer("tokenizer", self, self.encoder_layers, self.decoder_layers)
+        check_transformer("tokenizer", self, TIME_EVERY)
         if self.latents % self.pack:
-            raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack {self.pack}: "
-                            "the number of latents must be divisible by pack.")
+            raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack "
+                            f"{self.pack}: latents must be divisible by pack.")
         if self.cell and self.patch % self.cell:
-            raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of tokenizer.patch "
-                            f"{self.patch}, or 0 for none.")
+            raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of "
+                            f"tokenizer.patch {self.patch}, or 0 for none.")
 
 
-def check_transformer(prefix, cfg, *layers):
-    """Raises UserError where sizes don't fit together."""
+def check_transformer(prefix, cfg, time_every, dense=False):
+    """UserError where sizes don't fit together."""
     if cfg.dim % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
-        raise UserError(f"Got {prefix}.dim {cfg.dim}, heads {cfg.heads}, kv_heads {cfg.kv_heads}: "
-                        "dim must divide into heads of even size, heads into groups of kv_heads.")
-    if cfg.time_every == 1 and not cfg.dense:
-        raise UserError(f"Got {prefix}.time_every 1: that leaves no layer within a frame. Use 2 or "
-                        f"more, or {prefix}.dense true.")
-    if min(layers) <= cfg.time_every // 2:
-        raise UserError(f"Got {min(layers)} {prefix} layers with time_every {cfg.time_every}: that "
-                        f"leaves no layer over time. Use at least {cfg.time_every // 2 + 1}.")
+        raise UserError(f"Got {prefix}.dim {cfg.dim}, heads {cfg.heads}, kv_heads "
+                        f"{cfg.kv_heads}: dim must divide into heads of even size, heads "
+                        "into groups of kv_heads.")
+    if time_every == 1 and not dense:
+        raise UserError(f"Got {prefix}.time_every 1: that leaves no layer within a frame. "
+                        f"Use 2 or more, or {prefix}.dense true.")
+    if cfg.layers <= time_every // 2:
+        raise UserError(f"Got {cfg.layers} {prefix} layers, a time layer in every "
+                        f"{time_every}: that leaves no layer over time. Use at least "
+                        f"{time_every // 2 + 1}.")
 
 
 def patchify(frames, patch):
-    """(B, T, H, W, 3) -> (B, T, rows * columns, patch * patch * 3), zero-padded at the end."""
+    """(B, T, H, W, 3) -> (B, T, rows * columns, patch * patch * 3), zero-padded at the
+    end."""
     B, T, H, W, C = frames.shape
     frames = F.pad(frames, (0, 0, 0, -W % patch, 0, -H % patch))
     rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
@@ -345,10 +392,12 @@ def mae_mask(B, T, P, p_max, generator, device):
 
 
 def reconstruction_loss(x_hat, x, perceptual=None):
-    """Eq. 5 (Section 3.1): L = MSE(x_hat, x) + 0.2 LPIPS(x_hat, x), each over its running RMS.
+    """Eq. 5 (Section 3.1): L = MSE(x_hat, x) + 0.2 LPIPS(x_hat, x), each over its running
+    RMS.
 
     x_hat, x (B, T, H, W, 3) scaled pixels. Returns the terms by name; the caller's
-    LossNormalizer weighs and adds them. perceptual: callable on images (N, 3, H, W) in [-1, 1].
+    LossNormalizer weighs and adds them. perceptual: callable on images (N, 3, H, W) in [-1,
+    1].
     """
     losses = {"mse": (x_hat - x).square().mean()}
     if perceptual is not None:          # subtle: LPIPS wants [-1, 1], not our scaled pixels
@@ -365,25 +414,36 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.patches = -(-cfg.height // cfg.patch) * -(-cfg.width // cfg.patch)
-        # not in the paper: where latents divide evenly among the patches, a latent starts from its
-        # patch's token and a patch query from its latents, so that there is no routing to learn
-        self.own = cfg.latents // self.patches * (cfg.local and cfg.latents % self.patches == 0)
+        # not in the paper: where latents divide evenly among the patches, a latent starts
+        # from its patch's token and a patch query from its latents: there is no routing to
+        # learn
+        self.own = 0                    # latents of a patch
+        if cfg.local and cfg.latents % self.patches == 0:
+            self.own = cfg.latents // self.patches
+
+        def embedding(*shape):
+            return nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
+
         size = cfg.patch ** 2 * 3
-        embedding = lambda *shape: nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
         self.patch_in = nn.Linear(size, cfg.dim)
         self.patch_position, self.hidden_patch = embedding(self.patches), embedding()
-        self.latent_query, self.patch_query = embedding(cfg.latents), embedding(self.patches)
-        self.encoder = Transformer(cfg, cfg.encoder_layers)
-        self.decoder = Transformer(cfg, cfg.decoder_layers)
+        self.latent_query = embedding(cfg.latents)
+        self.patch_query = embedding(self.patches)
+        self.encoder = Transformer(cfg, cfg.layers, TIME_EVERY)
+        self.decoder = Transformer(cfg, cfg.layers, TIME_EVERY)
         self.latent_out = nn.Linear(cfg.dim, cfg.channels)
         self.latent_in = nn.Linear(cfg.channels, cfg.dim)
         self.patch_out = nn.Linear(cfg.dim, size)
-        if cfg.cell:        # not in the paper: what a cell shows is learned once for all places
-            code, size = 32, cfg.cell ** 2 * 3
-            codes = code * (cfg.patch // cfg.cell) ** 2
-            self.read_cell = nn.Sequential(nn.Linear(size, 128), nn.SiLU(), nn.Linear(128, code))
-            self.draw_cell = nn.Sequential(nn.Linear(code, 128), nn.SiLU(), nn.Linear(128, size))
-            self.codes_in, self.codes_out = nn.Linear(codes, cfg.dim), nn.Linear(cfg.dim, codes)
+        # not in the paper: what a cell shows is learned once for all places
+        if cfg.cell:
+            size = cfg.cell ** 2 * 3
+            codes = CODE * (cfg.patch // cfg.cell) ** 2     # of all cells of a patch
+            self.read_cell = nn.Sequential(nn.Linear(size, 128), nn.SiLU(),
+                                           nn.Linear(128, CODE))
+            self.draw_cell = nn.Sequential(nn.Linear(CODE, 128), nn.SiLU(),
+                                           nn.Linear(128, size))
+            self.codes_in = nn.Linear(codes, cfg.dim)
+            self.codes_out = nn.Linear(cfg.dim, codes)
         self.register_buffer("latent_std", torch.ones(()))      # measured after training
         self.encoder_mask = functools.partial(reader_mask, self.patches, cfg.latents)
         self.decoder_mask = functools.partial(reader_mask, cfg.latents, self.patches)
@@ -391,18 +451,38 @@ class Tokenizer(nn.Module):
     def new_cache(self):
         return Cache(self.cfg.context)
 
-    def bottleneck(self, x, hidden=None, cache=None):
-        """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P): masked."""
-        B, T = x.shape[:2]
-        patches, side = patchify(x, self.cfg.patch), self.cfg.patch
+    def embed_patches(self, x):
+        """Scaled pixels (B, T, H, W, 3) -> tokens (B, T, P, D), without their position."""
+        cfg = self.cfg
+        patches = patchify(x, cfg.patch)
         tokens = self.patch_in(patches)
-        if self.cfg.cell:
-            cells = patches.view(-1, self.patches, side, side, 3)
-            cells = self.read_cell(patchify(cells, self.cfg.cell))
-            tokens = tokens + self.codes_in(cells.flatten(2)).view(tokens.shape)
+        if cfg.cell:
+            cells = patches.view(-1, self.patches, cfg.patch, cfg.patch, 3)
+            codes = self.read_cell(patchify(cells, cfg.cell))
+            tokens = tokens + self.codes_in(codes.flatten(2)).view(tokens.shape)
+        return tokens
+
+    def draw_patches(self, tokens):
+        """Tokens (B, T, P, D) -> scaled pixels (B, T, H, W, 3), fp32."""
+        cfg = self.cfg
+        patches = self.patch_out(tokens).float()
+        if cfg.cell:
+            cells = (cfg.patch // cfg.cell) ** 2
+            codes = self.codes_out(tokens).view(-1, self.patches, cells, CODE)
+            drawn = self.draw_cell(codes).float()
+            drawn = unpatchify(drawn, cfg.cell, cfg.patch, cfg.patch)
+            patches = patches + drawn.reshape(patches.shape)
+        return unpatchify(patches, cfg.patch, cfg.height, cfg.width)
+
+    def bottleneck(self, x, hidden=None, cache=None):
+        """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P):
+        masked."""
+        B, T = x.shape[:2]
+        tokens = self.embed_patches(x)
         if hidden is not None:
             tokens = torch.where(hidden[..., None], self.hidden_patch, tokens)
-        tokens, latents = tokens + self.patch_position, self.latent_query.expand(B, T, -1, -1)
+        tokens = tokens + self.patch_position
+        latents = self.latent_query.expand(B, T, -1, -1)
         if self.own:
             latents = latents + tokens.repeat_interleave(self.own, 2)
         tokens = torch.cat([tokens, latents], 2)
@@ -417,20 +497,14 @@ class Tokenizer(nn.Module):
             queries = queries + latents.unflatten(2, (self.patches, self.own)).sum(3)
         tokens = torch.cat([latents, queries], 2)
         tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
-        tokens, side = tokens[:, :, self.cfg.latents:], self.cfg.patch
-        patches = self.patch_out(tokens).float()
-        if self.cfg.cell:
-            cells = self.codes_out(tokens).view(-1, self.patches, (side // self.cfg.cell) ** 2, 32)
-            cells = unpatchify(self.draw_cell(cells).float(), self.cfg.cell, side, side)
-            patches = patches + cells.reshape(patches.shape)
-        return unpatchify(patches, self.cfg.patch, self.cfg.height, self.cfg.width)
+        return self.draw_patches(tokens[:, :, self.cfg.latents:])
 
     def forward(self, x, hidden=None):
         return self.reconstruct(self.bottleneck(x, hidden))
 
     def encode(self, frames, cache=None):
-        """uint8 frames (B, T, H, W, 3) -> latents (B, T, S_z, Z) for the dynamics: packed, divided
-        by one std. With a cache the frames continue a stream; the cache moves on by T."""
+        """uint8 frames (B, T, H, W, 3) -> latents (B, T, S_z, Z) for the dynamics: packed,
+        divided by one std. With a cache the frames continue a stream; it moves on by T."""
         z = self.bottleneck(scale_pixels(frames), cache=cache)
         if cache:
             cache.advance(z.shape[1])
@@ -439,25 +513,27 @@ class Tokenizer(nn.Module):
 
     def decode(self, z, cache=None):
         """Latents (B, T, S_z, Z) -> uint8 frames (B, T, H, W, 3)."""
-        x = self.reconstruct((z * self.latent_std).unflatten(-1, (self.cfg.pack, -1))
-                             .flatten(2, 3), cache=cache)
+        unpacked = (z * self.latent_std).unflatten(-1, (self.cfg.pack, -1)).flatten(2, 3)
+        x = self.reconstruct(unpacked, cache)
         if cache:
             cache.advance(z.shape[1])
         return unscale_pixels(x)
 
     def rebuild(self, frames, hidden):
-        """uint8 frames (B, T, H, W, 3) with patches hidden (B, T, P) -> what the encoder sees of
-        them, hidden patches grey, and what the decoder makes of that; both uint8."""
-        patch, (H, W) = self.cfg.patch, frames.shape[2:4]
-        x = patchify(scale_pixels(frames), patch)
-        sees = unpatchify(torch.where(hidden[..., None], 0.0, x), patch, H, W)
-        return unscale_pixels(sees), unscale_pixels(self(scale_pixels(frames), hidden))
+        """uint8 frames (B, T, H, W, 3) with patches hidden (B, T, P) -> what the encoder
+        sees of them, hidden patches grey, and what the decoder makes of that; both
+        uint8."""
+        x, (H, W) = scale_pixels(frames), frames.shape[2:4]
+        visible = torch.where(hidden[..., None], 0.0, patchify(x, self.cfg.patch))
+        visible = unpatchify(visible, self.cfg.patch, H, W)
+        return unscale_pixels(visible), unscale_pixels(self(x, hidden))
 
 
 @torch.no_grad()
 def latent_health(bottleneck):
-    """Not in the paper: signs of a collapse, of latents (B, T, S, Z) in (-1, 1). Effective rank
-    (sum l)^2 / sum l^2 of the frames' covariance eigenvalues l, and share of saturated tanh."""
+    """Not in the paper: signs of a collapse, of latents (B, T, S, Z) in (-1, 1). Effective
+    rank (sum l)^2 / sum l^2 of the frames' covariance eigenvalues l, and share of saturated
+    tanh."""
     x = bottleneck.float().flatten(0, 1).flatten(1)
     x = x - x.mean(0)
     gram = x @ x.T                      # has the covariance's eigenvalues, up to a factor
@@ -476,7 +552,7 @@ def unscale_pixels(x):
 
 
 def lpips_loss():
-    """The perceptual loss of Eq. 5. Raises UserError where the package is missing."""
+    """The perceptual loss of Eq. 5. UserError where the package is missing."""
     try:
         import lpips
     except ImportError:

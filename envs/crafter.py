@@ -1,22 +1,48 @@
-"""Crafter: environment, recorded player, symbol reader, interaction scripts."""
+"""Crafter (Hafner, 2021), in place of Minecraft: all that this repository knows of it.
+
+Crafter              the environment: frames of 72x72, 17 actions, 22 achievements as events
+CrafterReader        reads map cells and inventory off a frame, real or dreamed
+CrafterPlayer        a scripted player who sees the whole map (for the paper's contractors)
+record_interactions  scripted interactions, to be judged in dreams by judge() (Section 4.2)
+A frame shows 9x7 cells of 8x8 pixels, the player's in the middle; arrays are [column, row].
+"""
 import collections
 import heapq
-import importlib
-import sys
 
 import numpy as np
+from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
-from data import (
-    ActionSpec,
-    EnvSpec,
-    copy_env,
-    finish_dataset,
-    make_env,
-    ratio,
-    rng_for,
-    write_episode,
-)
+from data import (ActionSpec, EnvSpec, Episode, UserError, copy_env, finish_dataset,
+                  rng_for, write_episode)
+
+try:
+    import crafter
+except ImportError:                                  # optional: make() says how to get it
+    crafter = None
+
+MOVES = {(-1, 0): "move_left", (1, 0): "move_right",
+         (0, -1): "move_up", (0, 1): "move_down"}
+LAND = ("grass", "sand", "path")                     # what can be walked on
+# the ten achievements that a score counts, and how often each is prompted (0 = no end)
+PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect_stone": 5,
+           "make_stone_pickaxe": 1, "place_furnace": 1, "collect_coal": 1,
+           "collect_iron": 1, "make_iron_pickaxe": 1, "collect_diamond": 0}
+# chances in a step of a random action, of dithering, of a detour; share of the episodes
+Skill = collections.namedtuple("Skill", "noise dither detour share")
+SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.4),
+          "average": Skill(0.08, 0.010, 0.006, 0.3),
+          "novice": Skill(0.25, 0.020, 0.015, 0.2),
+          "clumsy": Skill(0.55, 0.030, 0.030, 0.1)}
+
+
+def make(argument):
+    """The environment "crafter". UserError: an argument, or Crafter is not installed."""
+    if argument:
+        raise UserError(f"crafter:{argument}", "crafter alone", f"leave out {argument!r}")
+    if crafter is None:
+        raise UserError("no package crafter", "it to play", "pip install crafter")
+    return Crafter()
 
 
 class InsertionSet(dict):
@@ -25,53 +51,51 @@ class InsertionSet(dict):
 
 
 class Crafter:
-    """Crafter at 72x72: 17 actions; events[i]: achievement i happened in this step, each time.
-
-    Terminal is death only; there is no time limit.
-    """
+    """Ends with death only. events[i]: achievement i happened in this step, each time."""
     keys = {"ArrowUp": "move_up", "ArrowLeft": "move_left", "ArrowDown": "move_down",
             "ArrowRight": "move_right", " ": "do", "z": "sleep", "r": "place_stone",
-            "t": "place_table", "f": "place_furnace", "p": "place_plant", "1": "make_wood_pickaxe",
-            "2": "make_stone_pickaxe", "3": "make_iron_pickaxe", "4": "make_wood_sword",
-            "5": "make_stone_sword", "6": "make_iron_sword"}
+            "t": "place_table", "f": "place_furnace", "p": "place_plant",
+            "1": "make_wood_pickaxe", "2": "make_stone_pickaxe", "3": "make_iron_pickaxe",
+            "4": "make_wood_sword", "5": "make_stone_sword", "6": "make_iron_sword"}
+    skills = {name: skill.share for name, skill in SKILLS.items()}
 
     def __init__(self):
-        names = importlib.import_module("crafter").constants
-        rungs = ("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone",
-                 "make_stone_pickaxe", "place_furnace", "collect_coal", "collect_iron",
-                 "make_iron_pickaxe", "collect_diamond")
-        times = {"collect_wood": 5, "collect_stone": 5, "collect_diamond": 0}
-        self.spec = EnvSpec("crafter", 72, 72, ActionSpec(categorical=(len(names.actions),)),
-                            tuple(names.achievements), tuple((r, times.get(r, 1)) for r in rungs),
-                            rungs, tuple(names.actions))
+        names = crafter.constants
+        self.spec = EnvSpec("crafter", 72, 72, ActionSpec(classes=(len(names.actions),)),
+                            tuple(names.achievements), prompt_order=tuple(PROMPTS.items()),
+                            achievements=tuple(PROMPTS), action_names=tuple(names.actions))
 
     def reset(self, seed):
-        """A new Env per world, as Crafter numbers the resets of an Env."""
-        self.env = sys.modules["crafter"].Env(size=(72, 72), length=10 ** 9, seed=int(seed))
-        world, reset_world = self.env._world, self.env._world.reset
-
-        def reset(seed=None):
-            # subtle: Crafter draws from sets of objects, whose order is that of memory addresses
-            reset_world(seed)
-            world._chunks = collections.defaultdict(InsertionSet)
-        world.reset = reset
-        return np.ascontiguousarray(self.env.reset())
+        """-> the first frame. Each world is a new Env: Crafter counts the resets of one."""
+        self.env = crafter.Env(size=(72, 72), length=10 ** 9, seed=int(seed))
+        frame = np.ascontiguousarray(self.env.reset())
+        # subtle: Crafter draws from sets of objects, which are ordered by memory address
+        world = self.env._world
+        world._chunks = collections.defaultdict(InsertionSet)
+        for thing in world.objects:
+            world._chunks[world.chunk_key(thing.pos)].add(thing)
+        return frame
 
     def step(self, action):
-        counts = self.env._player.achievements
-        before = list(counts.values())
-        frame = np.ascontiguousarray(self.env.step(int(action["categorical"][0]))[0])
-        return frame, np.array(list(counts.values())) > before, bool(self.env._player.health <= 0)
+        """float32 (1,) -> frame uint8 (72, 72, 3), events bool (22,), terminal."""
+        player = self.env._player
+        before = list(player.achievements.values())
+        frame = np.ascontiguousarray(self.env.step(int(action[0]))[0])
+        events = np.array(list(player.achievements.values())) > before
+        return frame, events, bool(player.health <= 0)
 
     def probe(self):
-        """True cells [column, row] (9, 7) around the player (0 = outside), inventory (16,), and
-        (daylight * 255, asleep, x, y)."""
+        """True cells (9, 7) around the player (0 = outside), inventory (16,), (daylight *
+        255, asleep, x, y), and 1 where the player is not in a cave; all uint8."""
         # subtle: rendering again would draw from the world's random stream at night
-        me, light = self.env._player, round(255 * self.env._world.daylight)
-        cells = np.pad(self.env._sem_view(), 4)[me.pos[0]: me.pos[0] + 9, me.pos[1] + 1:][:, :7]
-        return {"probe_semantic": cells.astype(np.uint8),
-                "probe_inventory": np.array(list(me.inventory.values()), np.uint8),
-                "probe_player": np.array([light, me.sleeping, *me.pos], np.uint8)}
+        player = self.env._player
+        x, y = player.pos
+        cells = np.pad(self.env._sem_view(), 4)[x:x + 9, y + 1:y + 8].astype(np.uint8)
+        light = round(255 * self.env._world.daylight)
+        return {"probe_semantic": cells,
+                "probe_inventory": np.array(list(player.inventory.values()), np.uint8),
+                "probe_player": np.array([light, player.sleeping, x, y], np.uint8),
+                "probe_above": np.array(not in_cave(cells), np.uint8)}
 
     def reader(self):
         return CrafterReader()
@@ -80,159 +104,231 @@ class Crafter:
         return CrafterPlayer(self.env, rng, skill)
 
 
-class CrafterReader:
-    """Reads the symbols off frames, real or dreamed: the nearest texture for each cell, under the
-    frame's light. On real frames in daylight it makes no mistake; night adds noise.
+# ---------------------------------------------------------------------------- symbol reader
+def in_cave(semantic):
+    """probe_semantic (..., 9, 7) -> bool (...): over half is rock, ore, lava or path."""
+    return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
 
-    textures: names by number; semantic: number -> id in probe_semantic (0 = outside);
-    LEGAL: a cell further than that from every texture (rms of 0..255) shows nothing that exists.
-    """
-    LEGAL = 20.0
+
+def in_sight(before, after):
+    """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be
+    known, bool (N, 9, 7): `before` showed it too; and what it showed there (N, 9, 7)."""
+    moved = after["probe_player"][:, 2:].astype(int) - before["probe_player"][:, 2:]
+    dx, dy = moved.T[:, :, None, None]               # (N, 1, 1) each
+    column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy       # as `before` has it
+    inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
+    clip = np.arange(len(dx))[:, None, None]
+    was = before["probe_semantic"][clip, column.clip(0, 8), row.clip(0, 6)]
+    now = after["probe_semantic"]                    # 1 to 12: materials; creatures move
+    return inside & (was >= 1) & (was <= 12) & (now >= 1) & (now <= 12), was
+
+
+def caused(change):
+    """Which inventory changes (N, 16) an action causes: of items, and eating and drinking;
+    health, hunger, thirst and tiredness come by themselves."""
+    by_action = change != 0
+    by_action[:, :4] = (change[:, :4] > 0) & [False, True, True, False]
+    return by_action
+
+
+def tiles(x):
+    """Pixels (N, 8 rows, 8 columns, 3) -> float32 (N, rows * columns, 192)."""
+    N, H, W, _ = x.shape
+    x = x.reshape(N, H // 8, 8, W // 8, 8, 3).swapaxes(2, 3)
+    return x.reshape(N, H * W // 64, 192).astype(np.float32)
+
+
+def grey(x):
+    return np.repeat((x @ (0.299, 0.587, 0.114))[..., None], 3, -1)
+
+
+class CrafterReader:
+    """Finds the nearest texture for each cell of a frame, under its light; by day it reads
+    real frames without a mistake. textures: names; semantic: their probe_semantic."""
+    LEGAL = 20.0        # further (rms of 0..255) from all textures is nothing that exists
+    NIGHT, SLEEP = np.array([0, 16, 64]), np.array([0, 0, 16])      # tints, mixed by half
+    NOISE, SPREAD = 79.5, 27.4                       # of night: mean and standard deviation
 
     def __init__(self):
-        crafter = importlib.import_module("crafter")
-        ids = crafter.Env(size=(72, 72))._world._mat_ids      # then objects, in Env's order
-        creatures = ("player", "cow", "zombie", "skeleton", "arrow", "plant")
-        ids = {**ids, **{name: 13 + i for i, name in enumerate(creatures)}}
-        art, four = crafter.engine.Textures(crafter.constants.root / "assets"), MOVES.values()
-        land = ("grass", "sand", "path")
-        things = {"cow": land, "zombie": land, "skeleton": land, "plant": land, "plant-ripe": land,
-                  "player-sleep": land, **{m.replace("move", "player").replace("_", "-"): land
-                                           for m in four}}
-        things |= {m.replace("move", "arrow").replace("_", "-"): (*land, "water", "lava")
-                   for m in four}
-        self.textures = ("outside", *crafter.constants.materials, *things)
-        self.semantic = np.array([0, *(ids[name.split("-")[0]] for name in self.textures[1:])])
-        pictures, self.number = [np.full((8, 8, 3), 127.0)], [0]
-        for i, name in enumerate(self.textures[1:], 1):
+        art = crafter.engine.Textures(crafter.constants.root / "assets")
+        # a thing may stand on several grounds
+        sides = [action.removeprefix("move_") for action in MOVES.values()]
+        things = ["cow", "zombie", "skeleton", "plant", "plant-ripe", "player-sleep"]
+        things = dict.fromkeys([*things, *(f"player-{side}" for side in sides)], LAND)
+        things |= {f"arrow-{side}": (*LAND, "water", "lava") for side in sides}
+        materials = crafter.constants.materials
+        self.textures = ("outside", *materials, *things)
+        ids = "outside", *materials, "player", "cow", "zombie", "skeleton", "arrow", "plant"
+        self.semantic = np.array([ids.index(name.split("-")[0]) for name in self.textures])
+        # all pictures of a cell, (P, 8, 8, 3), and the number of the texture in each
+        pictures, numbers = [np.full((8, 8, 3), 127.0)], [0]
+        for number, name in enumerate(self.textures[1:], 1):
             for ground in things.get(name, (name,)):
                 canvas = art.get(ground, (8, 8))[..., :3].astype(float)
                 if name in things:
-                    crafter.engine._draw_alpha(canvas, np.zeros(2, int), art.get(name, (8, 8)))
-                pictures.append(canvas.swapaxes(0, 1)), self.number.append(i)
-        pictures, self.number = np.stack(pictures), np.array(self.number)
-        grey = self.grey(pictures)
-        flat = lambda x: x.reshape(len(x), -1).T.astype(np.float32)
-        # a cell shows light * picture + veil * faded + haze, see lit()
-        self.awake = flat(pictures), flat(0.4 * pictures + 0.6 * grey)
-        self.asleep = flat(grey / 2), flat(grey / 2)
+                    thing = art.get(name, (8, 8))
+                    crafter.engine._draw_alpha(canvas, np.zeros(2, int), thing)
+                pictures.append(canvas.swapaxes(0, 1))
+                numbers.append(number)
+        pictures, self.number = np.stack(pictures), np.array(numbers)
+        # their colours of day and of night, (192, P); asleep both are grey and darker
+        dull = grey(pictures)
+        flat = [x.reshape(len(x), 192).T.astype(np.float32)
+                for x in (pictures, 0.4 * pictures + 0.6 * dull, dull / 2)]
+        self.awake, self.asleep = (flat[0], flat[1]), (flat[2], flat[2])
+        # night's noise covers the edges of the view, not its middle
         x, y = np.meshgrid(np.linspace(-1, 1, 72), np.linspace(-1, 1, 56))
-        self.edge = 1 - np.exp(-2 * (x ** 2 + y ** 2))[..., None]         # where night's noise is
+        self.edge = 1 - np.exp(-2 * (x ** 2 + y ** 2))[..., None]
+        # the inventory's 18 fields, each with the counts from 0 to 9, (18, 10, 192)
         view, items = crafter.engine.ItemView(art, (9, 2)), crafter.constants.items
-        counts = [view(dict.fromkeys(items, n), np.array((8, 8))).swapaxes(0, 1) for n in range(10)]
-        self.counts = self.cells(np.stack(counts)).swapaxes(0, 1)         # (18, 10, 192)
-
-    @staticmethod
-    def grey(x):
-        return np.repeat((x @ (0.299, 0.587, 0.114))[..., None], 3, -1)
-
-    @staticmethod
-    def cells(x):
-        """(N, 8 rows, 8 columns, 3) -> (N, rows * columns, 192)."""
-        N, H, W, _ = x.shape
-        x = x.reshape(N, H // 8, 8, W // 8, 8, 3).swapaxes(2, 3)
-        return x.reshape(N, H * W // 64, 192).astype(np.float32)
+        fields = [view(dict.fromkeys(items, n), np.array((8, 8))) for n in range(10)]
+        self.counts = tiles(np.stack(fields).swapaxes(1, 2)).swapaxes(0, 1)
 
     def distances(self, frames, light, asleep):
-        """Mean squared distance (N, 63, textures) under a light (N,) in [0, 1], as Crafter draws
-        it; what night's noise is expected to add is taken off."""
-        light, asleep = np.asarray(light)[:, None, None, None], np.asarray(asleep, bool)
-        noise = np.clip(1 - 2 * light, 0, 1) * self.edge                  # (N, 56, 72, 1)
+        """Mean squared distances (N, 63, P) of the cells of frames (N, 72, 72, 3) to all
+        pictures under a light (N,) in [0, 1]; what noise must add to them is taken off."""
+        light = np.asarray(light)[:, None, None, None]
+        sleeping = np.asarray(asleep, bool)[:, None, None, None]
+        # Crafter mixes a picture by light with its colours of night, which are tinted and,
+        # when dark, noisy: pixel = light * picture + veil * night + haze, +- spread
+        noise = np.clip(1 - 2 * light, 0, 1) * self.edge              # (N, 56, 72, 1)
         veil = 0.5 * (1 - light) * (1 - noise)
-        haze = 0.5 * (1 - light) * (79.5 * noise + np.array([0, 16, 64]))
-        haze = np.where(asleep[:, None, None, None], self.grey(haze) / 2 + [0, 0, 8], haze)
-        blur = (0.5 * (1 - light) * 27.4 * noise / (1 + asleep[:, None, None, None])) ** 2
-        y, a = self.cells(frames[:, :56] - haze), light[:, :, :, 0].astype(np.float32)
-        veil = self.cells(np.repeat(veil, 3, -1))
-        out = np.empty((len(frames), 63, len(self.number)), np.float32)
-        for state, (picture, faded) in ((False, self.awake), (True, self.asleep)):
-            i = asleep == state                                           # |y - a p - veil f|^2
-            v, b = veil[i], a[i]
-            out[i] = (b ** 2 * (picture ** 2).sum(0) + 2 * b * (v @ (picture * faded))
-                      + v ** 2 @ faded ** 2 - 2 * (b * (y[i] @ picture) + (v * y[i]) @ faded))
-        extra = (y ** 2).sum(-1) - self.cells(np.repeat(blur, 3, -1)).sum(-1)
-        return (out + extra[..., None]) / 192
+        haze = 0.5 * (1 - light) * (self.NOISE * noise + self.NIGHT)
+        haze = np.where(sleeping, (grey(haze) + self.SLEEP) / 2, haze)
+        spread = 0.5 * (1 - light) * self.SPREAD * noise / (1 + sleeping)
+        # |y - a p - v f|^2 multiplied out, so that pictures p, f enter by matrix products
+        y = tiles(frames[:, :56] - haze)             # (N, 63, 192)
+        v, a = tiles(np.repeat(veil, 3, -1)), light[:, :, :, 0].astype(np.float32)
+        out = np.empty((*y.shape[:2], len(self.number)), np.float32)
+        for state, (p, f) in ((False, self.awake), (True, self.asleep)):
+            i = sleeping.ravel() == state
+            out[i] = (a[i] ** 2 * (p ** 2).sum(0) + 2 * a[i] * (v[i] @ (p * f))
+                      + v[i] ** 2 @ f ** 2 - 2 * (a[i] * (y[i] @ p) + (v[i] * y[i]) @ f))
+        rest = (y ** 2).sum(-1) - tiles(np.repeat(spread ** 2, 3, -1)).sum(-1)
+        return (out + rest[..., None]) / 192
 
     def read(self, frames, light=None, asleep=None):
-        """uint8 (N, 72, 72, 3) -> texture numbers [column, row] (N, 9, 7), inventory (N, 16) and
-        each cell's rms distance (N, 9, 7). Without a light the likeliest one is taken."""
+        """uint8 (N, 72, 72, 3) -> texture numbers (N, 9, 7), inventory (N, 16) and the rms
+        distance of each cell (N, 9, 7). Without a light the likeliest one is taken."""
         frames = np.asarray(frames).astype(np.float32)
         if light is None:
-            tries = [(x, s) for s in (0, 1) for x in np.linspace(0, 1, 11)]
-            costs = [self.distances(frames, np.full(len(frames), x), np.full(len(frames), s))
-                     .min(-1).mean(-1) for x, s in tries]
+            tries = [(x, state) for state in (0, 1) for x in np.linspace(0, 1, 11)]
+            costs = [self.distances(frames, *np.full((len(frames), 2), pair).T)
+                     .min(-1).mean(-1) for pair in tries]
             light, asleep = np.array(tries)[np.argmin(costs, 0)].T
-        d = self.distances(frames, light, asleep)
-        items = np.square(self.cells(frames[:, 56:])[:, :, None] - self.counts).sum(-1).argmin(-1)
-        grid = lambda x: x.reshape(-1, 7, 9).swapaxes(1, 2)
-        return (grid(self.number[d.argmin(-1)]), items[:, :16],
-                grid(np.sqrt(np.maximum(d.min(-1), 0))))
+        distances = self.distances(frames, light, asleep)
+        texture = self.number[distances.argmin(-1)].reshape(-1, 7, 9).swapaxes(1, 2)
+        error = np.sqrt(np.maximum(distances.min(-1), 0)).reshape(-1, 7, 9).swapaxes(1, 2)
+        items = tiles(frames[:, 56:])[:, :, None] - self.counts      # (N, 18, 10, 192)
+        items = np.square(items).sum(-1).argmin(-1)
+        return texture, items[:, :16], error
+
+    def compare(self, frames, true, shown=None):
+        """Frames (N, 72, 72, 3) against probes of the true ones -> {measure: (a (N,), b
+        (N,))}: it is sum(a) / sum(b). Cells count by day only. shown: probes of the frame
+        shown last to a model that dreamed these, so that only what it could know counts."""
+        player, have = true["probe_player"], true["probe_inventory"].astype(int)
+        texture, items, _ = self.read(frames, player[:, 0] / 255, player[:, 1] > 0)
+        cells = true["probe_semantic"].reshape(-1, 63)
+        right = self.semantic[texture].reshape(-1, 63) == cells
+        day, held = (player[:, 0] >= 128) & (player[:, 1] == 0), have > 0
+        if shown is None:
+            return {"cells": (right.sum(1) * day, 63 * day),
+                    "inventory": ((held & (items == have)).sum(1), held.sum(1))}
+        # a copy of the last frame shown gets those cells wrong that have changed
+        day &= shown["probe_player"][:, 1] == 0      # asleep, it saw little
+        known = in_sight(shown, true)[0].reshape(-1, 63) & day[:, None]
+        changed = known & (shown["probe_semantic"].reshape(-1, 63) != cells)
+        # a true positive has the item and the number that an action changed
+        before = shown["probe_inventory"].astype(int)
+        real, dreamed = caused(have - before), caused(items - before)
+        true_positives = (real & dreamed & (have == items)).sum(1)
+        return {"known_cells": ((known & right).sum(1), known.sum(1)),
+                "wrong_cells": ((known & ~right).sum(1), changed.sum(1)),
+                "changed_cells": ((changed & right).sum(1), changed.sum(1)),
+                "inventory_f1": (2 * true_positives, real.sum(1) + dreamed.sum(1))}
 
 
-# A step's chance of a random action, of starting to dither, of a detour; share of mixed play.
-SKILLS = {"skilled": (0.01, 0.002, 0.001, 0.4), "average": (0.08, 0.010, 0.006, 0.3),
-          "novice": (0.25, 0.020, 0.015, 0.2), "clumsy": (0.55, 0.030, 0.030, 0.1)}
-MOVES = {(-1, 0): "move_left", (1, 0): "move_right", (0, -1): "move_up", (0, 1): "move_down"}
-
-
+# -------------------------------------------------------------------------- recorded player
 def around(mask):
     """Cells with a cell of the mask (64, 64) in their 3x3."""
-    m = np.pad(mask, 1)
-    rows = m[:-2] | m[1:-1] | m[2:]
-    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return binary_dilation(mask, np.ones((3, 3)))
+
+
+def shortest_path(cost, goal, start):
+    """Dijkstra over costs (64, 64) of entering a cell, from `start` to the nearest cell of
+    the mask `goal` -> (cost, cells on the way); (inf, []) where none can be reached."""
+    # flat lists with a border that nobody enters: neighbours are 1 or `side` places away
+    side = len(cost) + 2
+    cost = np.pad(cost, 1, constant_values=np.inf).ravel().tolist()
+    goal = np.pad(goal, 1).ravel().tolist()
+    start = int((start[0] + 1) * side + start[1] + 1)
+    heap, best, came_from = [(0, start)], {start: 0}, {}
+    while heap:
+        total, here = heapq.heappop(heap)
+        if goal[here]:
+            path = [here]
+            while path[-1] in came_from:
+                path.append(came_from[path[-1]])
+            return total, [(i // side - 1, i % side - 1) for i in path[-2::-1]]
+        for there in (here - 1, here + 1, here - side, here + side):
+            if total + cost[there] < best.get(there, np.inf):
+                best[there] = total + cost[there]
+                came_from[there] = here
+                heapq.heappush(heap, (best[there], there))
+    return np.inf, []
 
 
 class CrafterPlayer:
-    """Plays towards the diamond, with privileged access to the world.
-
-    Plans are generators of action names on a stack; needs interrupt the career. A plan reads the
-    world anew before each action, so a slip of the hand costs time only. They return success.
-    """
+    """Plays towards the diamond, with privileged access to the world. Plans are generators
+    of action names on a stack; needs interrupt the career. A plan reads the world anew
+    before each action, so that a slip costs time only, and returns whether it succeeded."""
 
     def __init__(self, env, rng, skill):
-        self.rules, self.world, self.me = sys.modules["crafter"].constants, env._world, env._player
-        self.rng, (self.noise, self.dither, self.detour, _) = rng, SKILLS[skill]
+        self.rules, self.world, self.me = crafter.constants, env._world, env._player
         self.have, self.done = self.me.inventory, self.me.achievements
-        self.stack, self.queue, self.clock, self.retry = [self.career()], [], 0, {}
-        self.sleepy = rng.choice([1, 1, 2, 4, 7])             # energy at which to go to sleep
+        self.rng, self.skill = rng, SKILLS[skill]
+        self.stack, self.clock = [self.career()], 0
+        self.queue = []                              # actions of dithering
+        self.retry = {}                              # plan: not again before this step
+        self.sleepy = rng.choice([1, 1, 2, 4, 7])    # energy at which to go to sleep
 
     def act(self):
-        """The next action dict: as planned, or a slip."""
+        """The next action, float32 (1,): as planned, or a slip."""
         self.clock += 1
-        name = plan = self.queue.pop() if self.queue else self.intend()
-        if self.rng.random() < self.noise:
-            name = self.rules.actions[self.rng.integers(6 if self.rng.random() < 0.4 else 17)]
-        if self.rng.random() < self.dither:
-            pair = ["noop noop", "move_left move_right", "move_up move_down"][self.rng.integers(3)]
-            self.queue += pair.split() * int(self.rng.integers(1, 4))
-        step = {action: move for move, action in MOVES.items()}.get(name)
-        if step and self.ahead(step)[0] == "lava" or name == "sleep" != plan:
+        name = planned = self.queue.pop() if self.queue else self.intend()
+        if self.rng.random() < self.skill.noise:
+            kinds = 6 if self.rng.random() < 0.4 else 17              # 6: noop, moves, do
+            name = self.rules.actions[self.rng.integers(kinds)]
+        if self.rng.random() < self.skill.dither:
+            pairs = ["noop"] * 2, ["move_left", "move_right"], ["move_up", "move_down"]
+            self.queue += pairs[self.rng.integers(3)] * int(self.rng.integers(1, 4))
+        # no slip sends to sleep, and nothing into lava
+        into_lava = any(MOVES[m] == name and self.ahead(m)[0] == "lava" for m in MOVES)
+        if into_lava or (name == "sleep" and planned != "sleep"):
             name = "noop"
-        action = ActionSpec(categorical=(17,)).zeros()
-        action["categorical"][0] = self.rules.actions.index("sleep" if self.me.sleeping else name)
-        return action
+        index = self.rules.actions.index("sleep" if self.me.sleeping else name)
+        return np.array([index], np.float32)
 
     def intend(self):
         """The name of the action of a player without slips."""
-        for move in MOVES:
+        for move, action in MOVES.items():
             if self.ahead(move)[1] in ("Zombie", "Skeleton"):
-                return "do" if move == tuple(self.me.facing) else MOVES[move]
-        self.dark = self.world.daylight < 0.4                 # zombies come, on grass
+                return "do" if move == tuple(self.me.facing) else action
+        self.dark = self.world.daylight < 0.4        # zombies come, on grass
         tired = self.have["energy"] <= (6 if self.dark else self.sleepy)
         needs = {self.sleep: tired or self.have["health"] <= 4,
                  self.drink: self.have["drink"] <= (3 if self.dark else 4),
                  self.eat: self.have["food"] <= (1 if self.dark else 5),
-                 self.wander: self.rng.random() < self.detour,
-                 self.plant: self.rng.random() < self.detour}
-        for plan in needs:
-            if needs[plan] and self.clock >= self.retry.get(plan, 0) and len(self.stack) == 1:
+                 self.wander: self.rng.random() < self.skill.detour,
+                 self.plant: self.rng.random() < self.skill.detour}
+        for plan, needed in needs.items():
+            if needed and self.clock >= self.retry.get(plan, 0) and len(self.stack) == 1:
                 self.stack.append(plan())
-                self.retry[plan] = self.clock + 30            # may be out of reach: ask seldom
-        while True:
-            try:
-                return next(self.stack[-1])
-            except StopIteration:
-                self.stack.pop()
+                self.retry[plan] = self.clock + 30   # what it needs may be out of reach
+        while (name := next(self.stack[-1], None)) is None:           # the plan has ended
+            self.stack.pop()
+        return name
 
     def ahead(self, move=None):
         """(material or None, kind of creature) in a direction; default: the one faced."""
@@ -248,52 +344,43 @@ class CrafterPlayer:
             mask[tuple(thing.pos)] = type(thing).__name__ in kinds
         return mask
 
+    def enclosed(self):
+        """The free cells around the player form a small closed room."""
+        free = self.cells(*LAND)
+        room = binary_dilation(self.creatures("Player"), iterations=4, mask=free)
+        return room.sum() <= 4 and not (room & self.creatures("Zombie", "Skeleton")).any()
+
     def can_dig(self, material):
-        rule = self.rules.collect.get(material, {"require": {"never": 1}})
-        return material != "water" and all(self.have.get(k, 0) >= n
-                                           for k, n in rule["require"].items())
+        rule = self.rules.collect.get(material, {"require": {"no such tool": 1}})
+        return material != "water" and all(self.have.get(tool) for tool in rule["require"])
 
     def route(self, targets, touch):
-        """Dijkstra to the nearest target -> (cost in about steps, cells on the way).
-
-        touch: the target is only to be faced, so it may be solid.
-        """
-        price = np.full(len(self.rules.materials) + 1, np.inf)
-        for material, number in self.world._mat_ids.items():
-            if material in self.rules.walkable:
-                price[number] = 8 if material == "grass" and self.dark else 1
-            elif self.can_dig(material) or material == "water" and self.have["stone"]:
-                price[number] = 4 if material == "water" else 2.5
-        monsters = self.creatures("Zombie", "Skeleton")
-        cost = price[self.world._mat_map] + 2 * around(around(monsters)) + 3 * self.creatures("Cow")
+        """The way to the nearest target of a mask (64, 64) -> (cost in steps, cells). Where
+        touch, the target is only to be faced, so it may be solid."""
+        # about how many steps a cell takes: digging, walking, bridging with a stone
+        price = {name: 2.5 for name in self.rules.materials if self.can_dig(name)}
+        price |= {"path": 1, "sand": 1, "grass": 8 if self.dark else 1}
+        if self.have["stone"]:
+            price["water"] = 4
+        price = [price.get(name, np.inf) for name in (None, *self.rules.materials)]
+        cost = np.take(price, self.world._mat_map) + 3 * self.creatures("Cow")
+        cost += 2 * around(around(self.creatures("Zombie", "Skeleton")))
         cost[self.creatures("Plant")] = np.inf
         if touch:
             cost[targets] = 1
-        cost, goal = np.pad(cost, 1, constant_values=np.inf), np.pad(targets, 1).ravel().tolist()
-        side, cost = len(cost), cost.ravel().tolist()
-        start = (self.me.pos[0] + 1) * side + self.me.pos[1] + 1
-        heap, best, came = [(0, int(start))], {start: 0}, {}
-        while heap:
-            total, here = heapq.heappop(heap)
-            if goal[here]:
-                path = [here]
-                while path[-1] in came:
-                    path.append(came[path[-1]])
-                return total, [(c // side - 1, c % side - 1) for c in path[-2::-1]]
-            for there in (here - 1, here + 1, here - side, here + side):
-                if total + cost[there] < best.get(there, np.inf):
-                    best[there], came[there] = total + cost[there], here
-                    heapq.heappush(heap, (best[there], there))
-        return np.inf, []
+        return shortest_path(cost, targets, self.me.pos)
 
     def go(self, find, touch=True, patience=200):
-        """Walk, dig and bridge until a target of find() -> mask is faced (touch) or stood on."""
+        """Walk, dig and bridge until a target is faced (touch) or stood on. find: mask (64,
+        64) of the targets, or a function that makes it anew in each step."""
         path = []
         for _ in range(patience):
-            targets, here = find(), tuple(map(int, self.me.pos))
+            targets = find() if callable(find) else find
+            here = tuple(map(int, self.me.pos))
             front = tuple(np.clip(self.me.pos + self.me.facing, 0, 63))
             if targets[front if touch else here]:
                 return True
+            # plan again where the target has gone, the path was left, or is an old one
             path = path[1:] if path and here == path[0] else path
             if not path or not targets[path[-1]] or self.clock % 16 == 0 \
                     or abs(path[0][0] - here[0]) + abs(path[0][1] - here[1]) != 1:
@@ -302,9 +389,8 @@ class CrafterPlayer:
                 return False
             move = (path[0][0] - here[0], path[0][1] - here[1])
             material, creature = self.ahead(move)
-            free = material in self.rules.walkable and not creature
-            if free or tuple(self.me.facing) != move:
-                yield MOVES[move]
+            if tuple(self.me.facing) != move or (material in LAND and not creature):
+                yield MOVES[move]                    # walks, or turns where it can't
             else:
                 yield "place_stone" if material == "water" and not creature else "do"
         return False
@@ -325,7 +411,7 @@ class CrafterPlayer:
         """Have a tool: its materials, a table (and furnace) in the 3x3, then the action."""
         rule = self.rules.make[tool]
         while not self.have[tool]:
-            for item in sorted(rule["uses"], reverse=True):   # wood first, then stone, iron, coal
+            for item in sorted(rule["uses"], reverse=True):      # wood, stone, iron, coal
                 if not (yield from self.collect(item, rule["uses"][item])):
                     return False
             if not (yield from self.bench("furnace" in rule["nearby"])):
@@ -334,22 +420,23 @@ class CrafterPlayer:
         return True
 
     def bench(self, furnace=True):
-        """Stand by a table (and a furnace): the nearest, or new ones where that is quicker."""
+        """Stand by a table (and furnace): the nearest, or new ones where it is quicker."""
         table = around(self.cells("table"))
         both = table & around(self.cells("furnace"))
         if furnace and self.route(both, False)[0] < 16:
-            return (yield from self.go(lambda: both, touch=False))
+            return (yield from self.go(both, touch=False))
         if furnace and not (yield from self.collect("stone", 4)):
             return False
         if self.route(table, False)[0] < (8 if self.have["wood"] > 2 else 25):
-            yield from self.go(lambda: table, touch=False)
-        elif not ((yield from self.collect("wood", 3)) and (yield from self.place("table"))):
+            yield from self.go(table, touch=False)
+        elif not ((yield from self.collect("wood", 3))
+                  and (yield from self.place("table"))):
             return False
         stay = around(self.cells("table"))
         return not furnace or (yield from self.place("furnace", stay))
 
     def place(self, item, stay=None):
-        """Put an item on the cell ahead; turn, dig or step aside (on `stay`) until that works."""
+        """Put an item ahead; turn, dig or step aside (within `stay`) until that works."""
         before = self.done[f"place_{item}"]
         for _ in range(25):
             material, creature = self.ahead()
@@ -359,8 +446,8 @@ class CrafterPlayer:
                 yield "do"
             else:
                 move = list(MOVES)[self.rng.integers(4)]
-                if stay is None or stay[tuple(np.clip(self.me.pos + move, 0, 63))] \
-                        or self.ahead(move)[0] not in self.rules.walkable:
+                there = tuple(np.clip(self.me.pos + move, 0, 63))
+                if stay is None or stay[there] or self.ahead(move)[0] not in LAND:
                     yield MOVES[move]
             if self.done[f"place_{item}"] > before:
                 return True
@@ -381,27 +468,20 @@ class CrafterPlayer:
 
     def wander(self):
         """Walk towards a random cell some way off."""
-        spots, mask = self.cells("path", "path" if self.dark else "grass"), self.creatures()
+        spots = self.cells("path", "path" if self.dark else "grass")
         spots = np.argwhere(spots | self.creatures("Player"))
         spots = spots[np.abs(spots - self.me.pos).sum(1) < 20]
-        mask[tuple(self.rng.choice(spots))] = True
-        yield from self.go(lambda: mask, touch=False, patience=25)
+        target = np.zeros(self.world.area, bool)
+        target[tuple(self.rng.choice(spots))] = True
+        yield from self.go(target, touch=False, patience=25)
         yield "noop"
 
-    def enclosed(self):
-        """The free cells around the player form a small closed room."""
-        room, free = self.creatures("Player"), self.cells(*self.rules.walkable)
-        for _ in range(4):                                    # grow the room by a step each
-            m = np.pad(room, 1)
-            room = free & (m[2:, 1:-1] | m[:-2, 1:-1] | m[1:-1, 2:] | m[1:-1, :-2] | room)
-        return room.sum() <= 4 and not (room & self.creatures("Zombie", "Skeleton")).any()
-
     def sleep(self):
-        """Dig two cells into rock, step back, close the entrance with a stone; recover there."""
+        """Dig two cells into rock, step back, close the entrance with a stone; recover."""
         for _ in range(3):
-            rock = ~around(self.cells("grass", "sand", "path", "lava")) & self.cells("stone")
-            if self.enclosed() or not self.have["stone"] or not (
-                    yield from self.go(lambda: rock, touch=False)):
+            rock = ~around(self.cells(*LAND, "lava")) & self.cells("stone")
+            if self.enclosed() or not self.have["stone"] \
+                    or not (yield from self.go(rock, touch=False)):
                 break
             yield MOVES[tuple(-int(c) for c in self.me.facing)]
             yield "place_stone"
@@ -431,205 +511,190 @@ class CrafterPlayer:
         while not (yield from self.collect("diamond", 1)):
             yield from self.wander()
         while True:
-            plans = (self.make("iron_sword"), self.collect("diamond", self.have["diamond"] + 1),
-                     self.wander(), self.plant(), self.eat())
+            more = self.collect("diamond", self.have["diamond"] + 1)
+            plans = self.make("iron_sword"), more, self.wander(), self.plant(), self.eat()
             yield from plans[self.rng.integers(3 if self.dark else 5)]
             yield "noop"
+
+
+# --------------------------------------------------------------- interactions (Section 4.2)
 INTERACTIONS = 2            # version of the scripts and of how their contexts are chosen
+# actions to try, {item: change of its number} and cells walked that must come of them
+Script = collections.namedtuple("Script", "actions gain walked", defaults=((0, 0),))
+DIGGING = {"tree": "cut_a_tree", "water": "drink", "stone": "mine_stone",
+           "coal": "mine_ore", "iron": "mine_ore", "diamond": "mine_ore"}
+# letters: forward, back, right, left, place a stone
+WALKS = {"look_away_and_back": "FFFFFBBBBB", "wall_of_three": "SBBFSBBFS",
+         "closed_ring": "SBBFSRRFSBBFSLFFSBS"}
 
-
-# ------------------------------------------------------------------ symbols: does it obey the rules
-
-INTERACTION_SEED = 40_000
-
-
-def in_sight(before, after):
-    """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be known,
-    bool (N, 9, 7): they lay open in the view of `before`; and what was there (N, 9, 7)."""
-    dx, dy = (after["probe_player"][:, 2:].astype(int)
-              - before["probe_player"][:, 2:]).T[:, :, None, None]
-    column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy         # (N, 9, 1), (N, 1, 7)
-    inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
-    was = before["probe_semantic"][np.arange(len(dx))[:, None, None], column.clip(0, 8),
-                                   row.clip(0, 6)]
-    terrain = lambda x: (x >= 1) & (x <= 12)
-    return inside & terrain(was) & terrain(after["probe_semantic"]), was
-
-
-def caused(change):
-    """Inventory changes (N, 16) that an action causes: items, and eating and drinking; health,
-    hunger, thirst and tiredness come by themselves."""
-    by_action = change != 0
-    by_action[:, [0, 3]] = False
-    by_action[:, 1:3] &= change[:, 1:3] > 0
-    return by_action
-
-
-def symbol_counts(reader, frames, before, after):
-    """Dreamed frames (N, H, W, 3) against the probes of the true ones (`after`) -> counts (N,).
-
-    before: probes of the last frame that the model was shown. Cells count in daylight only.
-    """
-    player = after["probe_player"]
-    texture, items, _ = reader.read(frames, player[:, 0] / 255, player[:, 1] > 0)
-    cells, true, old = reader.semantic[texture], after["probe_semantic"], before["probe_semantic"]
-    day = (player[:, 0] >= 128) & (player[:, 1] == 0) & (before["probe_player"][:, 1] == 0)
-    known = in_sight(before, after)[0] & day[:, None, None]
-    changed = known & (true != old)
-    total = lambda mask: mask.sum((1, 2))
-    change = after["probe_inventory"].astype(int) - before["probe_inventory"]
-    guess = items - before["probe_inventory"].astype(int)
-    real, dreamed = caused(change), caused(guess)
-    return {"known": total(known), "right": total(known & (cells == true)),
-            "right_repeat": total(known & (old == true)), "changed": total(changed),
-            "changed_right": total(changed & (cells == true)),
-            "hits": (real & dreamed & (change == guess)).sum(1),
-            "events": real.sum(1), "claims": dreamed.sum(1)}
-
-
-def in_cave(semantic):
-    """probe_semantic (..., 9, 7) -> bool (...): more than half is rock, ore, lava or path."""
-    return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
-
-
-# -------------------------------------------------------------------- interactions (Section 4.2)
 
 def interactions(player):
-    """What can be tried from where a CrafterPlayer stands: {name: (script of action names, change
-    of the inventory, cells walked)}. The last two say what must come of it in the real game."""
-    me, world, rules, have = player.me, player.world, player.rules, player.have
-    ahead = np.array(me.facing)
-    side = np.array((-ahead[1], ahead[0]))
-    name = lambda v: MOVES[tuple(int(c) for c in v)]
-    F, B, D, U = map(name, (ahead, -ahead, side, -side))
-    cell = lambda x, y=0: world[me.pos + x * ahead + y * side]
-    free = lambda *cells: all(cell(*c)[0] in rules.walkable and not cell(*c)[1] for c in cells)
-    owns = lambda uses: all(have[k] >= n for k, n in uses.items())
-    material, thing = cell(1)
-    found, still, away = {}, (0, 0), tuple(ahead)
+    """What can be tried from where a CrafterPlayer stands: {kind: Script}."""
+    found = {}
     for move, action in MOVES.items():
-        there, creature = player.ahead(move)
-        if there in rules.walkable and not creature:
-            found[action.replace("move", "walk")] = [action], {}, move
-        if there == "water":
-            found["stopped_by_water"] = [action], {}, still
-    item, kind = {"tree": ("wood", "cut_a_tree"), "water": ("drink", "drink"),
-                  "stone": ("stone", "mine_stone")}.get(material, (material, "mine_ore"))
-    diggable = item in ("wood", "drink", "stone", "coal", "iron", "diamond")
-    if diggable and not thing and have[item] < 9 and (item == "drink" or player.can_dig(material)):
-        found[kind] = ["do"], {item: 1}, still
-    for item in ("stone", "table", "furnace"):
-        rule = rules.place[item]
-        if not thing and material in ("grass", "sand", "path") and owns(rule["uses"]):
-            found[f"place_{item}"] = ([f"place_{item}"],
-                                      {k: -n for k, n in rule["uses"].items()}, still)
-    for tool, rule in rules.make.items():
-        near = world.nearby(me.pos, 1)[0]
-        if owns(rule["uses"]) and set(rule["nearby"]) <= set(near) and not have[tool]:
-            kind = "make_a_pickaxe" if "pickaxe" in tool else "make_a_sword"
-            found[kind] = ([f"make_{tool}"],
-                           {tool: 1} | {k: -n for k, n in rule["uses"].items()}, still)
-    damage = max([1, *(n for n, k in ((2, "wood"), (3, "stone"), (5, "iron"))
-                       if have[f"{k}_sword"])])
+        material, creature = player.ahead(move)
+        if material in LAND and not creature:
+            found[action.replace("move", "walk")] = Script([action], {}, move)
+        if material == "water":
+            found["stopped_by_water"] = Script([action], {})
+    return found | deeds(player) | travels(player)
+
+
+def deeds(player):
+    """Scripts of one action: dig or drink, place, make a tool, eat a cow."""
+    found, have, rules = {}, player.have, player.rules
+    material, thing = player.world[player.me.pos + player.me.facing]
+    item = {"tree": "wood", "water": "drink"}.get(material, material)
+    can = material == "water" or player.can_dig(material)
+    if material in DIGGING and not thing and can and have[item] < 9:
+        found[DIGGING[material]] = Script(["do"], {item: 1})
+    # things to place, on land, and tools that it does not have
+    places = ("stone", "table", "furnace") if material in LAND and not thing else ()
+    recipes = {f"place_{item}": rules.place[item] for item in places}
+    recipes |= {f"make_{tool}": rules.make[tool] for tool in rules.make if not have[tool]}
+    near = player.world.nearby(player.me.pos, 1)[0]
+    for action, rule in recipes.items():
+        affordable = all(have[item] >= n for item, n in rule["uses"].items())
+        if affordable and set(rule.get("nearby", ())) <= set(near):
+            gain = {item: -n for item, n in rule["uses"].items()}
+            kind = action
+            if action.startswith("make_"):
+                gain[action.removeprefix("make_")] = 1
+                kind = "make_a_" + action.split("_")[-1]
+            found[kind] = Script([action], gain)
+    # a cow that the next blow kills
+    swords = {"wood_sword": 2, "stone_sword": 3, "iron_sword": 5}
+    damage = max([1, *(n for sword, n in swords.items() if have[sword])])
     if type(thing).__name__ == "Cow" and thing.health <= damage and have["food"] < 9:
-        found["eat_a_cow"] = ["do"], {"food": min(6, 9 - have["food"])}, still
-    if all(cell(i) == ("stone", None) for i in (1, 2, 3)) and player.can_dig("stone"):
-        found["tunnel"] = ["do", F] * 3, {"stone": min(3, 9 - have["stone"])}, tuple(3 * ahead)
-    if free((1,), (2,), (3,), (4,), (5,)):
-        found["look_away_and_back"] = [F] * 5 + [B] * 5, {}, still
-    if have["energy"] < 9 and world.daylight > 0.6:
-        found["sleep"] = ["sleep"] * 2, {}, still
-    stone = "place_stone"
-    if have["stone"] >= 3 and free((1,), (-1,), (-2,), (-3,)):
-        found["wall_of_three"] = ([stone, B, B, F, stone, B, B, F, stone], {"stone": -3},
-                                  tuple(-2 * ahead))
-    if have["stone"] >= 6 and free((1, 0), (-1, 0), (-2, 0), (-1, 1), (0, 1), (1, 1), (2, 1),
-                                   (-2, 2), (-1, 2), (0, 2), (1, 2)):
-        found["closed_ring"] = ([stone, B, B, F, stone, D, D, F, stone, B, B, F, stone, U, F, F,
-                                 stone, B, stone], {"stone": -6}, tuple(side))
+        found["eat_a_cow"] = Script(["do"], {"food": min(6, 9 - have["food"])})
     return found
 
 
-def try_script(env, kind, script, gain, walked):
-    """Play a script in this copy of the real game -> [(frame, action, probe)], or None where a
-    creature, the night or a full pack spoils it, or where the last frame already looks right."""
-    names, items = env.spec.action_names, list(env.env._player.inventory)
-    before, rows, shows = env.probe(), [], []
-    for step in script:
-        action = env.spec.actions.zeros()
-        action["categorical"][0] = names.index(step)
+def travels(player):
+    """Longer scripts: through rock, asleep, out of sight and back, around stones placed."""
+    found, have, me = {}, player.have, player.me
+    ahead = np.array(me.facing)
+    right = np.array((-ahead[1], ahead[0]))
+    moves = {"F": ahead, "B": -ahead, "R": right, "L": -right}
+    names = {letter: MOVES[tuple(move.tolist())] for letter, move in moves.items()}
+    rock = [player.world[me.pos + n * ahead] for n in (1, 2, 3)] == [("stone", None)] * 3
+    if rock and player.can_dig("stone"):
+        gain = {"stone": min(3, 9 - have["stone"])}
+        found["tunnel"] = Script(["do", names["F"]] * 3, gain, tuple(3 * ahead))
+    if have["energy"] < 9 and player.world.daylight > 0.6:
+        found["sleep"] = Script(["sleep"] * 2, {})
+    for kind, letters in WALKS.items():
+        # each cell that is walked on or filled must be free now
+        place, front, free = me.pos, ahead, True
+        for letter in letters:
+            front = moves.get(letter, front)
+            place = place + (0 if letter == "S" else front)
+            material, thing = player.world[place + front if letter == "S" else place]
+            free = free and material in LAND and thing in (None, me)
+        stones = letters.count("S")
+        if free and have["stone"] >= stones:
+            actions = [names.get(letter, "place_stone") for letter in letters]
+            gain = {"stone": -stones} if stones else {}
+            found[kind] = Script(actions, gain, tuple(place - me.pos))
+    return found
+
+
+def try_script(env, kind, script):
+    """Play a script in this copy of the real game -> rows (frame, action, probe); None: a
+    creature, the night or a full pack spoils it, or a copied frame would look right."""
+    start, rows = env.probe(), []
+    for name in script.actions:
+        action = np.array([env.spec.action_names.index(name)], np.float32)
         frame, _, terminal = env.step(action)
         rows.append((frame, action, env.probe()))
         if terminal:
             return None
-        pair = [{k: x[None] for k, x in probe.items()} for probe in (before, rows[-1][2])]
-        known = in_sight(*pair)[0]
-        shows.append(ratio(known & (pair[1]["probe_semantic"] != pair[0]["probe_semantic"]), known))
-    after = rows[-1][2]
-    change = dict(zip(items, after["probe_inventory"].astype(int) - before["probe_inventory"],
-                      strict=True))
-    right = all(change[k] == n for k, n in gain.items()) and not any(
-        change[k] for k in items[4:] if k not in gain)
-    there = tuple(after["probe_player"][2:].astype(int) - before["probe_player"][2:]) == walked
-    if kind == "stopped_by_water":      # moving would have looked different
-        axis = 0 if script[0] in ("move_left", "move_right") else 1
-        cells = np.moveaxis(before["probe_semantic"], axis, 0)
-        shows = [(cells[1:] != cells[:-1]).mean()]
-    visible = gain or kind == "sleep" or max(shows) > 0.2
-    return rows if right and there and visible and after["probe_player"][0] >= 128 else None
+    # the pack, the place and the light must be as they should
+    probes = {k: np.stack([start[k], *(row[2][k] for row in rows)]) for k in start}
+    pack, player = probes["probe_inventory"].astype(int), probes["probe_player"].astype(int)
+    change = dict(zip(env.env._player.inventory, pack[-1] - pack[0], strict=True))
+    items = [*script.gain, *list(change)[4:]]        # health, food, ... come and go
+    right = all(change[item] == script.gain.get(item, 0) for item in items)
+    walked = tuple(player[-1, 2:] - player[0, 2:])
+    if not right or walked != script.walked or player[-1, 0] < 128:
+        return None
+    # some frame must look different, or would have if a step had not been stopped
+    if script.gain or kind == "sleep":
+        return rows
+    cells = probes["probe_semantic"]
+    if kind == "stopped_by_water":
+        axis = 0 if script.actions[0] in ("move_left", "move_right") else 1
+        share = (np.diff(cells[0], axis=axis) != 0).mean()
+    else:
+        known = in_sight({k: x[:1].repeat(len(rows), 0) for k, x in probes.items()},
+                         {k: x[1:] for k, x in probes.items()})[0]
+        changed = (known & (cells[1:] != cells[0])).sum((1, 2))
+        share = (changed / np.maximum(known.sum((1, 2)), 1)).max()
+    return rows if share > 0.2 else None
 
 
-def record_interactions(env_name, path, each=20, context=16, worlds=150, seed=INTERACTION_SEED):
-    """Contexts of natural play in held-out worlds, each continued by the script of an interaction
-    in a copy of the real game: an episode each, `context` true frames and the script's."""
-    env, kinds = make_env(env_name), []
-    for w in tqdm(range(worlds), desc="interactions"):
-        env.reset(seed + w)
-        player = env.player(rng_for(seed, "interactions", w), ("skilled", "average")[w % 2])
-        rows, last = collections.deque(maxlen=context), {}
-        for step in range(400):
-            action = player.act()
-            frame, _, terminal = env.step(action)
-            rows.append((frame, action, env.probe()))
-            if terminal:
-                break
-            if len(rows) < context or player.me.sleeping or player.world.daylight < 0.5:
-                continue
-            for kind, plan in interactions(player).items():
+def natural_play(env, world, context, seed):
+    """Play a held-out world; yields step, player and the last `context` rows, by day."""
+    env.reset(seed + world)
+    skill = ("skilled", "average")[world % 2]
+    player = env.player(rng_for(seed, "interactions", world), skill)
+    rows = collections.deque(maxlen=context)
+    for step in range(400):
+        action = player.act()
+        frame, _, terminal = env.step(action)
+        rows.append((frame, action, env.probe()))
+        if terminal:
+            return
+        if len(rows) == context and not player.me.sleeping and player.world.daylight >= 0.5:
+            yield step, player, rows
+
+
+def record_interactions(path, each=20, context=16, worlds=150, seed=40_000):
+    """Contexts of natural play, each continued by the script of an interaction in a copy of
+    the real game: an episode each, `context` true frames and the script's."""
+    env, kinds = Crafter(), []
+    for world in tqdm(range(worlds), desc="interactions"):
+        last = {}                                    # kind: step of its last context here
+        for step, player, rows in natural_play(env, world, context, seed):
+            for kind, script in interactions(player).items():
+                # 50 steps apart: not one scene twice
                 if kinds.count(kind) >= each or step - last.get(kind, -50) < 50:
-                    continue                                # 50 steps apart: not one scene twice
-                if film := try_script(copy_env(env), kind, *plan):
+                    continue
+                film = try_script(copy_env(env), kind, script)
+                if film:
                     frames, actions, probes = zip(*rows, *film, strict=True)
-                    turn = lambda dicts: {k: [d[k] for d in dicts] for k in dicts[0]}
-                    write_episode(path, len(kinds), frames, turn(actions),
-                                  np.zeros((len(frames), len(env.spec.tasks))),
-                                  np.ones(len(frames)), None, turn(probes))
+                    probes = {k: [probe[k] for probe in probes] for k in probes[0]}
+                    events = np.zeros((len(frames), len(env.spec.tasks)))
+                    write_episode(path, len(kinds), Episode(
+                        frames, actions, events, np.ones(len(frames)), None, probes))
                     kinds.append(kind)
                     last[kind] = step
-    finish_dataset(path, env.spec, {"env": env_name, "kinds": kinds, "context": context,
+    finish_dataset(path, env.spec, {"env": "crafter", "kinds": kinds, "context": context,
                                     "seed": seed, "version": INTERACTIONS})
 
 
 def judge(reader, kind, dreamed, real, before, after):
-    """Does a dreamed frame show the right outcome? (N, H, W, 3) twice and the probes of the last
-    frame shown and of the true outcome -> bool (N,). All of: the player as in the real frame, every
-    item's count right, every cell that was altered right, and 9 in 10 of the known cells."""
+    """Do dreamed frames (N, H, W, 3) show the outcome of real ones? bool (N,): the player,
+    all items' counts, all cells that were altered and 9 in 10 of the known cells are right.
+    before, after: probes of the last frame shown and of the outcome."""
     light, asleep = after["probe_player"][:, 0] / 255, after["probe_player"][:, 1] > 0
     texture, items, _ = reader.read(dreamed, light, asleep)
     player = texture[:, 4, 3] == reader.read(real, light, asleep)[0][:, 4, 3]
-    if kind == "sleep":                 # grey all over: more like sleep than like waking
-        costs = [reader.distances(dreamed, light, np.full(len(light), s)).min(-1).mean(-1)
-                 for s in (False, True)]
-        return player & (costs[1] < costs[0])
+    if kind == "sleep":                              # all is grey: nearer sleep than waking
+        waking, sleeping = (reader.distances(dreamed, light, np.full(len(light), state))
+                            .min(-1).mean(-1) for state in (False, True))
+        return player & (sleeping < waking)
+    # items, and food and drink where an action raised them
     true = after["probe_inventory"].astype(int)
-    by_action = caused(true - before["probe_inventory"])
-    by_action[:, 4:] = True
+    by_action = caused(true - before["probe_inventory"]) | (np.arange(16) >= 4)
+    right_items = ((items == true) | ~by_action).all(1)
+    # cells that look different; a stone where the player stood, whose ground was hidden
     known, was = in_sight(before, after)
-    right = reader.semantic[texture] == after["probe_semantic"]
-    altered = known & (was != after["probe_semantic"])
-    under = before["probe_semantic"].copy()             # a stone where the player stood before
+    now = after["probe_semantic"]
+    right = reader.semantic[texture] == now
+    under = before["probe_semantic"].copy()
     under[:, 4, 3] = 2
-    placed = in_sight(before | {"probe_semantic": under}, after)[0] & (after["probe_semantic"] == 3)
-    altered |= placed & ~known
-    return (player & ((items == true) | ~by_action).all(1) & (right | ~altered).all((1, 2))
-            & ((known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))))
+    placed = in_sight({**before, "probe_semantic": under}, after)[0] & (now == 3)
+    altered = (known & (was != now)) | (placed & ~known)
+    most = (known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))
+    return player & right_items & (right | ~altered).all((1, 2)) & most

@@ -1,9 +1,14 @@
-"""Real Minecraft: importers of recordings, downloader, MineRL."""
-import errno
-import functools
-import hashlib
+"""Real Minecraft (Dreamer 4, Sections 4.1 and 4.3): recordings of players in, MineRL out.
+
+minecraft_spec, Minecraft   23 keys, a camera, 20 tasks; MineRL 1.0 as an environment
+import_vpt, download_vpt    OpenAI's recordings (VPT) become a dataset
+import_video                any videos become a dataset without actions
+After the formats that OpenAI and MineRL published; tested on generated recordings alone.
+Row t of a dataset holds the action that led to frame t.
+"""
+import argparse
 import http.client
-import importlib
+import itertools
 import json
 import math
 import os
@@ -11,69 +16,98 @@ import re
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from skimage.transform import resize_local_mean
 from tqdm import tqdm
 
-from data import (
-    TYPES,
-    ActionSpec,
-    Dataset,
-    EnvSpec,
-    UserError,
-    episode_path,
-    finish_dataset,
-    make_env,
-    read_about,
-    work,
-    write_about,
-    write_whole,
-)
-
-# ---------------------------------------------- real Minecraft: VPT recordings in, MineRL out
-# After the published formats of OpenAI's recorder and of MineRL 1.0. README, "Not run here".
+from data import (ActionSpec, Dataset, EnvSpec, Episode, UserError, describe, episode_path,
+                  finish_dataset, read_about, read_json, run_cli, work, write_about,
+                  write_episode, write_json)
 
 KEYBOARD = {"ESC": "escape", "back": "s", "drop": "q", "forward": "w", "inventory": "e",
             "jump": "space", "left": "a", "right": "d", "sneak": "left.shift",
             "sprint": "left.control", "swapHands": "f",
             **{f"hotbar.{i}": str(i) for i in range(1, 10)}}
-MOUSE = ("attack", "use", "pickItem")                         # buttons 0, 1, 2
-BUTTONS = tuple(sorted([*KEYBOARD, *MOUSE]))                  # MineRL's 23, in its order
+MOUSE = ("attack", "use", "pickItem")           # buttons 0, 1, 2
+BUTTONS = tuple(sorted([*KEYBOARD, *MOUSE]))    # MineRL's 23, in its order
+CAMERA = len(BUTTONS)                           # the column after them
+
 WOODS = ("oak", "spruce", "birch", "jungle", "acacia", "dark_oak")
-COUNTERS = {    # task: statistic, names in it; the table is ours, the paper's isn't public
+TABLES = ("crafting_table", "furnace")
+TOOLS = ("wooden_pickaxe", "stone_pickaxe", "iron_pickaxe")
+STATISTICS = {      # task: kind, names; the table is ours, the paper's isn't public
     "mine_log": ("mine_block", *(f"{s}{w}_log" for s in ("", "stripped_") for w in WOODS)),
     "mine_cobblestone": ("mine_block", "stone", "cobblestone"),
-    "mine_iron_ore": ("mine_block", "iron_ore"), "mine_coal": ("mine_block", "coal_ore"),
+    "mine_iron_ore": ("mine_block", "iron_ore"),
+    "mine_coal": ("mine_block", "coal_ore"),
     "mine_diamond": ("mine_block", "diamond_ore"),
     "craft_planks": ("craft_item", *(f"{w}_planks" for w in (*WOODS, "crimson", "warped"))),
-    **{f"craft_{x}": ("craft_item", x) for x in (
-        "stick", "crafting_table", "furnace", "iron_ingot", "wooden_pickaxe", "stone_pickaxe",
-        "iron_pickaxe")},
-    **{f"open_{x}": ("custom", f"interact_with_{x}") for x in ("crafting_table", "furnace")},
-    **{f"place_{x}": ("use_item", x) for x in ("crafting_table", "furnace")},
-    **{f"use_{x}": ("use_item", x) for x in ("wooden_pickaxe", "stone_pickaxe", "iron_pickaxe")},
-    "death": ("custom", "deaths")}                            # the last one is no task
+    **{f"craft_{x}": ("craft_item", x) for x in ("stick", *TABLES, "iron_ingot", *TOOLS)},
+    **{f"open_{x}": ("custom", f"interact_with_{x}") for x in TABLES},
+    **{f"place_{x}": ("use_item", x) for x in TABLES},
+    **{f"use_{x}": ("use_item", x) for x in TOOLS},
+    "death": ("custom", "deaths")}              # the last one is no task
 COUNTER_OF = {f"minecraft.{kind}:minecraft.{name}": i
-              for i, (kind, *names) in enumerate(COUNTERS.values()) for name in names}
-LADDER = """mine_log 10 craft_planks 20 craft_crafting_table 1 place_crafting_table 1 craft_stick 4
-craft_wooden_pickaxe 1 use_wooden_pickaxe 1 mine_cobblestone 3 craft_planks 4 craft_crafting_table 1
-place_crafting_table 1 craft_stick 4 craft_stone_pickaxe 1 use_stone_pickaxe 1 mine_iron_ore 3
-mine_cobblestone 8 craft_planks 4 craft_crafting_table 1 place_crafting_table 1 craft_furnace 1
-craft_iron_ingot 3 craft_stick 2 craft_iron_pickaxe 1 use_iron_pickaxe 1 mine_diamond 0""".split()
-RUNGS = """mine_log craft_planks craft_crafting_table craft_stick craft_wooden_pickaxe
-mine_cobblestone craft_stone_pickaxe mine_iron_ore craft_furnace craft_iron_ingot
-craft_iron_pickaxe mine_diamond""".split()                    # of the paper's success table
-SEGMENT = 6000                                                # ticks of 50 ms, VPT's five minutes
-GAP_MS, GAP_TICKS = 500, 10                                   # more between two lines is a pause
-GUI_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}     # mouse, by recorder version
-BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-RETRY_SECONDS = 1.0                                           # doubles with each of five attempts
+              for i, (kind, *names) in enumerate(STATISTICS.values()) for name in names}
+PROMPT_ORDER = (    # task, times (of items; 0 = no end)
+    ("mine_log", 10), ("craft_planks", 20), ("craft_crafting_table", 1),
+    ("place_crafting_table", 1), ("craft_stick", 4), ("craft_wooden_pickaxe", 1),
+    ("use_wooden_pickaxe", 1), ("mine_cobblestone", 3), ("craft_planks", 4),
+    ("craft_crafting_table", 1), ("place_crafting_table", 1), ("craft_stick", 4),
+    ("craft_stone_pickaxe", 1), ("use_stone_pickaxe", 1), ("mine_iron_ore", 3),
+    ("mine_cobblestone", 8), ("craft_planks", 4), ("craft_crafting_table", 1),
+    ("place_crafting_table", 1), ("craft_furnace", 1), ("craft_iron_ingot", 3),
+    ("craft_stick", 2), ("craft_iron_pickaxe", 1), ("use_iron_pickaxe", 1),
+    ("mine_diamond", 0))
+ACHIEVEMENTS = tuple(dict.fromkeys(         # of the paper's table: what is mined or crafted
+    task for task, _ in PROMPT_ORDER if task.startswith(("mine", "craft"))))
 
+SEGMENT = 6000                          # frames of 50 ms: five minutes, VPT's
+LONGEST_TICK = np.array([500, 10])      # milliseconds, server ticks; more is a pause
+GUI_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}   # by recorder version
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+ATTEMPTS, RETRY_SECONDS = 5, 1.0        # the pause doubles with each attempt
+
+# Neither preset was ever run. "minecraft" fits into 80 GB by formula (paper/bench.py),
+# "paper" has the paper's sizes as far as they are given, and no plan for the memory.
+COMMON = {
+    "data.eval_length": 72_000, "tokenizer.cell": 0, "tokenizer.channels": 16,
+    "tokenizer.pack": 2, "tokenizer.mae_max": 0.9, "dynamics.time_every": 4,
+    "dynamics.k_max": 64, "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0,
+    "agent.step_label": "own", "train.lr_policy": 5e-4, "train.warmup": 1000}
+PRESETS = {
+    "minecraft": {
+        **COMMON, "data.env": "minecraft", "data.path": "datasets/minecraft",
+        "data.reference": "datasets/minecraft_reference", "data.eval_episodes": 10,
+        "tokenizer.patch": 8, "tokenizer.dim": 512, "tokenizer.layers": 8,
+        "tokenizer.heads": 4, "tokenizer.kv_heads": 4, "tokenizer.latents": 128,
+        "tokenizer.context": 16, "dynamics.dim": 1024, "dynamics.layers": 16,
+        "dynamics.heads": 8, "dynamics.kv_heads": 2, "dynamics.registers": 16,
+        "dynamics.context": 96, "agent.hidden": 512, "agent.context": 32,
+        "train.tokenizer_steps": 100_000, "train.dynamics_steps": 200_000,
+        "train.agent_steps": 50_000, "train.imagine_steps": 5000, "train.batch": 16,
+        "train.length": 32, "train.long_length": 128, "train.imagine_batch": 64,
+        "train.lr_matrix": 2e-3, "train.lr": 5e-4},
+    "paper": {
+        **COMMON, "data.env": "minecraft:384x640", "data.eval_episodes": 1000,
+        "data.path": "datasets/minecraft_384x640",
+        "data.reference": "datasets/minecraft_384x640_reference", "tokenizer.patch": 16,
+        "tokenizer.dim": 1024, "tokenizer.layers": 16, "tokenizer.heads": 8,
+        "tokenizer.kv_heads": 8, "tokenizer.latents": 512, "tokenizer.context": 48,
+        "tokenizer.local": False, "tokenizer.lpips": 0.2, "dynamics.dim": 2048,
+        "dynamics.layers": 36, "dynamics.heads": 16, "dynamics.kv_heads": 4,
+        "dynamics.registers": 32, "dynamics.context": 192, "dynamics.p_boot": 1.0,
+        "dynamics.single_images": 0.3, "agent.bc_level": "uniform", "agent.hidden": 2048,
+        "train.length": 64, "train.long_length": 256, "train.tokenizer_length": 64,
+        "train.lr_matrix": 1e-3, "train.lr": 2e-4}}
+
+
+# ----------------------------------------- actions, frames, and the lines of a recording
 
 def parse_size(text):
     """ "128x128" -> (128, 128), height first."""
@@ -83,383 +117,392 @@ def parse_size(text):
 
 
 def minecraft_spec(height=128, width=128):
-    """23 keys, a 121-class camera, 20 tasks, the paper's ladder (its times count items)."""
-    return EnvSpec(f"minecraft_{height}x{width}", height, width, ActionSpec(23, (121,)),
-                   tuple(COUNTERS)[:-1], tuple(zip(LADDER[::2], map(int, LADDER[1::2]))),
-                   tuple(RUNGS))
-
-
-def env_spec(name):
-    """make_env(name).spec, for Minecraft without MineRL."""
-    head, _, size = name.partition(":")
-    return minecraft_spec(*parse_size(size or "128x128")) if head == "minerl" else \
-        make_env(name).spec
+    """An action is 23 keys of 0 or 1, then the camera's class."""
+    actions = ActionSpec(classes=(2,) * len(BUTTONS) + (121,))
+    return EnvSpec(f"minecraft_{height}x{width}", height, width, actions,
+                   tuple(STATISTICS)[:-1], PROMPT_ORDER, ACHIEVEMENTS)
 
 
 def camera_class(degrees):
-    """[pitch, yaw] in degrees (..., 2) -> class (...): 11 x 11 mu-law bins (mu 10, at most 10
-    degrees, VPT's) in one number, counted on from no motion, which is 0 as in ActionSpec.zeros."""
+    """[pitch, yaw] (..., 2) -> class (...): 11 x 11 mu-law bins (mu 10, at most 10 degrees:
+    VPT's) in one number, counted on from no motion, which is 0 as in ActionSpec.zeros."""
     x = np.clip(np.asarray(degrees, np.float64), -10, 10)
-    bins = np.round((np.sign(x) * np.log1p(np.abs(x)) / np.log(11) + 1) * 5).astype(np.int64)
+    y = np.sign(x) * np.log1p(np.abs(x)) / np.log(11)       # -1 .. 1
+    bins = np.round((y + 1) * 5).astype(np.int64)
     return (11 * bins[..., 0] + bins[..., 1] - 60) % 121
 
 
 def camera_degrees(number):
     """Class (...) -> degrees (..., 2) at the bins' centres."""
-    number = (np.asarray(number) + 60) % 121
+    number = (np.asarray(number, np.int64) + 60) % 121
     y = np.stack([number // 11, number % 11], -1) / 5 - 1
     return np.sign(y) * (11 ** np.abs(y) - 1)
 
 
 def to_minerl(action):
-    """Action dict of one step -> MineRL's: 23 keys of 0 and 1, camera float32 (2,)."""
-    keys = {name: int(on) for name, on in zip(BUTTONS, action["binary"], strict=True)}
-    return {**keys, "camera": camera_degrees(action["categorical"][0]).astype(np.float32)}
+    """Action (24,) -> MineRL's: 23 keys of 0 and 1, camera float32 (2,)."""
+    keys = dict(zip(BUTTONS, map(int, action[:CAMERA]), strict=True))
+    return {**keys, "camera": camera_degrees(action[CAMERA]).astype(np.float32)}
 
 
 def from_minerl(command):
-    """MineRL's action -> action dict of one step."""
-    return {"binary": np.array([command[name] for name in BUTTONS], np.uint8),
-            "categorical": camera_class(command["camera"])[None],
-            "continuous": np.zeros(0, np.float32)}
+    """MineRL's action -> float32 (24,)."""
+    keys = [command[name] for name in BUTTONS]
+    return np.array([*keys, camera_class(command["camera"])], np.float32)
 
 
-class Counters:
-    """Tasks from cumulative statistics, of a recording or of MineRL."""
-    last = None                                               # the first that aren't empty: 0
-
-    def rises(self, stats):
-        """{"minecraft.KIND:minecraft.NAME": n} -> int64 (21,): by how much each of COUNTERS rose
-        since the last statistics that weren't empty."""
-        now = np.zeros(len(COUNTERS), np.int64)
-        for key in stats.keys() & COUNTER_OF.keys():
-            now[COUNTER_OF[key]] += stats[key]
-        if not stats:
-            return now
-        rise = np.maximum(now - (now if self.last is None else self.last), 0)
-        self.last = now
-        return rise
-
-
-@functools.lru_cache(8)
-def area_weights(axis, n_in, n_out):
-    """[(source index (n_out,), weight that fits (H, W, 3))] of each output pixel's area."""
-    edge = np.arange(n_out + 1) * n_in / n_out
-    index = edge[:-1].astype(int) + np.arange(-(-n_in // n_out) + 1)[:, None]
-    weight = (np.minimum(index + 1, edge[1:]) - np.maximum(index, edge[:-1])).clip(0)
-    weight = (weight / weight.sum(0)).astype(np.float32)
-    return [(np.minimum(i, n_in - 1), w[:, None, None] if axis == 0 else w[:, None])
-            for i, w in zip(index, weight, strict=True) if w.any()]
+def count_tasks(statistics):
+    """{"minecraft.KIND:minecraft.NAME": n} -> int64 (21,): how often, up to now."""
+    counts = np.zeros(len(STATISTICS), np.int64)
+    for key in statistics.keys() & COUNTER_OF.keys():
+        counts[COUNTER_OF[key]] += statistics[key]
+    return counts
 
 
 def fit_frame(frame, height, width):
-    """uint8 (h, w, 3) -> (height, width, 3): means over areas. 360x640 becomes the paper's 384x640
-    by 24 black rows below."""
+    """uint8 (h, w, 3) -> (height, width, 3): means over areas. 360x640 becomes the paper's
+    384x640 by 24 black rows below."""
     if frame.shape == (360, 640, 3) and (height, width) == (384, 640):
         return np.pad(frame, ((0, 24), (0, 0), (0, 0)))
-    if frame.shape[:2] == (height, width):
-        return np.ascontiguousarray(frame)
-    for axis, n in enumerate((height, width)):
-        frame = sum(np.take(frame, i, axis) * w
-                    for i, w in area_weights(axis, frame.shape[axis], n))
-    return (frame + 0.5).astype(np.uint8)
+    mean = resize_local_mean(frame.astype("f4"), (height, width, 3), preserve_range=True)
+    return (mean + 0.5).astype(np.uint8)
 
 
 def draw_cursor(frame, x, y):
-    """The frame with the cursor at x, y of the 1280x720 window, which the recorder leaves out."""
+    """The frame with the cursor at x, y of the 1280x720 window; recorders leave it out."""
     x, y = (int(c * frame.shape[0] / 720) for c in (x, y))
-    if 0 <= y < frame.shape[0] and 0 <= x < frame.shape[1]:
-        frame = frame.copy()
-        patch = frame[y: y + 16, x: x + 16]
-        row, column = np.indices((*patch.shape[:2], 1))[:2]
-        white = (0 < column) & (column < row - 1) & (column + row < 14)
-        edge = (column <= row) & (column + row < 16)
-        patch[:] = np.where(white, 255, np.where(edge, 0, patch))
+    if not (0 <= y < frame.shape[0] and 0 <= x < frame.shape[1]):
+        return frame
+    frame = frame.copy()
+    patch = frame[y: y + 16, x: x + 16]
+    row, column = np.indices((*patch.shape[:2], 1))[:2]
+    white = (column > 0) & (column < row - 1) & (column + row < 14)
+    edge = (column <= row) & (column + row < 16)            # black
+    patch[:] = np.where(white, 255, np.where(edge, 0, patch))
     return frame
 
 
-def parse_line(text, scale=1.0):
-    """A line of the recorder -> MineRL action, hotbar slot or None, cursor or None, clock (ms,
-    server tick), statistics, mouse buttons pressed now. One of BROKEN: it isn't such a line."""
+class Line(NamedTuple):
+    """One tick of a recording."""
+    action: dict                    # as MineRL takes it
+    slot: int | None                # of the hotbar
+    cursor: tuple | None            # x, y in the window, while a screen is open
+    clock: np.ndarray               # milliseconds, server ticks; nan = not recorded
+    counts: np.ndarray | None       # of the tasks up to now; None = no statistics
+    new_buttons: list               # of the mouse, pressed in this tick
+
+
+class Recording(NamedTuple):
+    """What a jsonl file says about its n frames, up to its first broken line."""
+    columns: dict                   # field of a row: array (n, ...)
+    cursors: list                   # n times (x, y) or None
+    starts: list                    # rows that begin a piece: after a pause or a death
+    total: int                      # lines in the file
+    fault: str | None               # what is wrong with the first broken line
+
+
+def parse_line(text, scale):
+    """A line of the recorder -> Line. One of BROKEN: it isn't such a line."""
     line = json.loads(text)
-    mouse, gui = line["mouse"] or {}, bool(line["isGuiOpen"])
-    keys, held = set((line["keyboard"] or {}).get("keys", ())), mouse.get("buttons", ())
+    mouse, screen_open = line["mouse"] or {}, bool(line["isGuiOpen"])
+    keys, buttons = set((line["keyboard"] or {}).get("keys", ())), mouse.get("buttons", ())
     x, y, dx, dy = (float(mouse.get(k, 0)) for k in ("x", "y", "dx", "dy"))
-    slot, clock = line.get("hotbar"), (line.get("milli"), line.get("serverTick"))
-    if not np.isfinite([x, y, dx, dy]).all() or slot is not None and slot not in range(9):
+    slot, clock = line.get("hotbar"), [line.get("milli"), line.get("serverTick")]
+    if not np.isfinite([x, y, dx, dy]).all() or slot not in (None, *range(9)):
         raise ValueError("mouse or hotbar out of range")
     action = {name: f"key.keyboard.{key}" in keys for name, key in KEYBOARD.items()}
-    action.update({name: i in held for i, name in enumerate(MOUSE)})
-    if gui and action["ESC"]:                                 # it closes the screen, as E does
+    action.update({name: i in buttons for i, name in enumerate(MOUSE)})
+    if screen_open and action["ESC"]:                       # it closes the screen, as E
         action["ESC"], action["inventory"] = False, True
-    action["camera"] = np.array([dy, dx]) * 0.15 * (scale if gui else 1)    # degrees a count
-    return (action, slot, (x, y) if gui and line["mouse"] else None, clock,
-            dict(line.get("stats") or {}), list(mouse.get("newButtons", ())))
+    action["camera"] = np.array([dy, dx]) * 0.15 * (scale if screen_open else 1)   # degrees
+    statistics = dict(line.get("stats") or {})
+    return Line(action, slot=None if slot is None else int(slot),
+                cursor=(x, y) if screen_open and line["mouse"] else None,
+                clock=np.array([np.nan if c is None else c for c in clock], np.float64),
+                counts=count_tasks(statistics) if statistics else None,
+                new_buttons=list(mouse.get("newButtons", ())))
+
+
+def align(lines, total, fault):
+    """Lines -> Recording. Line t acts on frame t, so its action lies in row t + 1."""
+    n, starts, counts = len(lines), {0}, None
+    actions = np.zeros((n + 1, CAMERA + 1), np.float32)
+    events = np.zeros((n, len(STATISTICS)), np.uint8)
+    stuck = n > 0 and lines[0].new_buttons == [0]
+    for t, line in enumerate(lines):
+        # an attack that goes on from before the recording counts when it is pressed anew
+        stuck = stuck and (t == 0 or 0 not in line.new_buttons)
+        line.action["attack"] = line.action["attack"] and not stuck
+        actions[t + 1] = from_minerl(line.action)
+        # the wheel leaves no key: the tick before a new slot gets that slot's key
+        last = lines[max(t - 1, 0)]
+        if None not in (line.slot, last.slot) and line.slot != last.slot:
+            actions[t, BUTTONS.index(f"hotbar.{line.slot + 1}")] = 1
+        # an event is a rise since the last statistics; the first ones may be of other lives
+        if line.counts is not None:
+            events[t] = counts is not None and line.counts > counts
+            counts = line.counts
+        # a pause, or the frame after a death, begins another piece
+        ticks = line.clock - last.clock
+        if ((ticks < 0) | (ticks > LONGEST_TICK)).any():
+            starts.add(t)
+        if events[t, -1]:
+            starts.add(t + 1)
+    starts = sorted(t for t in starts if t < n)
+    columns = {"actions": actions[:n], "labelled": np.ones(n, bool),
+               "events": events[:, :-1]}
+    for values in columns.values():
+        values[starts] = 0                                  # what led there is unknown
+    columns["continues"] = 1 - events[:, -1]
+    return Recording(columns, [line.cursor for line in lines], starts, total, fault)
 
 
 def read_lines(path, scale=1.0):
-    """jsonl -> (columns, cursors, starts, lines in the file, fault or None).
-
-    Line t acts on frame t, so its action lies in row t + 1 of the columns. starts: rows that begin
-    a piece, after a pause or a death. Ends at the first line that is broken: the fault.
-    """
-    actions, events, cursors, starts, total, fault = [], [], [], {0}, 0, None
-    counters, stuck, last_slot, last_clock = Counters(), False, None, (None, None)
+    """jsonl -> Recording. scale: of the mouse's motion while a screen is open."""
+    lines, total, fault = [], 0, None
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for total, text in enumerate((text for text in file if text.strip()), 1):
-            if fault:                                         # count the rest
+        for total, text in enumerate(filter(str.strip, file), 1):
+            if fault:                                       # count the rest
                 continue
             try:
-                action, slot, cursor, clock, stats, new = parse_line(text, scale)
-                stuck = new == [0] if total == 1 else stuck and 0 not in new
-                action["attack"] = action["attack"] and not stuck
-                jumped = any(None not in (a, b) and not 0 <= b - a <= most for a, b, most in
-                             zip(last_clock, clock, (GAP_MS, GAP_TICKS), strict=True))
-                rises = counters.rises(stats)
+                lines.append(parse_line(text, scale))
             except BROKEN as error:
                 fault = f"{path}, line {total}: {type(error).__name__} {str(error)[:60]}"
-                continue
-            if None not in (slot, last_slot) and slot != last_slot:     # a scroll leaves no key
-                actions[-1]["binary"][BUTTONS.index(f"hotbar.{int(slot) + 1}")] = 1
-            starts |= {total - 1} if jumped else set()
-            starts |= {total} if rises[-1] else set()         # after the death
-            actions.append(from_minerl(action)), cursors.append(cursor), events.append(rises > 0)
-            last_slot, last_clock = slot, clock
-    n, starts = len(actions), sorted(s for s in starts if s < len(actions))
-    events = np.array(events, np.uint8).reshape(n, len(COUNTERS))
-    columns = {"labelled": np.ones(n, bool), "events": events[:, :-1]}
-    for k in ("binary", "categorical") if n else ():
-        columns[k] = np.stack([actions[max(t - 1, 0)][k] for t in range(n)])
-    for column in columns.values():
-        column[starts] = 0                                    # what led there is not in the file
-    return {**columns, "continues": 1 - events[:, -1]}, cursors, starts, total, fault
+    return align(lines, total, fault)
+
+
+# ------------------------------- recordings become episodes on disk, and are downloaded
+
+class Report(NamedTuple):
+    """What became of a video; kept as JSON, so that an import can go on."""
+    video: str
+    episodes: int
+    skipped: str | None             # why there are none
+    fault: str | None               # why its recording was cut short
 
 
 def video_frames(path, fps=None):
-    """Frames uint8 (h, w, 3) of a video, one at a time: all as they are, or `fps` a second."""
-    import imageio_ffmpeg  # of imageio[ffmpeg]
+    """Frames uint8 (h, w, 3) of a video, one at a time: all as they are, or `fps` a second.
+    ValueError: ffmpeg failed."""
+    import imageio_ffmpeg                                   # of imageio[ffmpeg]
     # subtle: without passthrough ffmpeg repeats and drops frames to keep an even rate
-    reader = imageio_ffmpeg.read_frames(
-        str(Path(path).resolve()), input_params=["-threads", "1"],
-        output_params=["-vf", f"fps={fps}"] if fps else ["-fps_mode", "passthrough", "-xerror"])
-    width, height = next(reader)["size"]
-    for frame in reader:
-        yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+    how = ["-vf", f"fps={fps}"] if fps else ["-fps_mode", "passthrough", "-xerror"]
+    reader = imageio_ffmpeg.read_frames(str(Path(path).resolve()), output_params=how,
+                                        input_params=["-threads", "1"])
+    try:
+        width, height = next(reader)["size"]
+        for frame in reader:
+            yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(error) from None
 
 
-def part_name(video):
-    """Of its files while the import goes on; videos of one name may lie in two folders."""
-    return f"{video.stem}-{zlib.crc32(str(video.resolve()).encode()):08x}"
+def read_piece(frames, recording, start, end, size):
+    """The next end - start frames, or those that are left, with these rows of a recording,
+    or without actions (None) -> Episode."""
+    spec, n = minecraft_spec(*size), 0
+    pictures = np.zeros((end - start, *size, 3), np.uint8)
+    for n, frame in enumerate(itertools.islice(frames, end - start), 1):
+        cursor = recording and recording.cursors[start + n - 1]
+        pictures[n - 1] = fit_frame(draw_cursor(frame, *cursor) if cursor else frame, *size)
+    if recording is None:
+        return Episode(pictures[:n], spec.actions.zeros(n), np.zeros((n, len(spec.tasks))),
+                       continues=np.ones(n), labelled=np.zeros(n))
+    columns = {name: values[start: start + n] for name, values in recording.columns.items()}
+    return Episode(pictures[:n], **columns)
 
 
 def import_one(video, folder, size, fps=None):
-    """Stream a video, and its jsonl unless fps is given, into FOLDER/NAME_I.npy; one frame is in
-    memory at a time. -> report: rows of each piece, or why there are none; where it was cut."""
-    spec, name, pieces, count = minecraft_spec(*size), part_name(video), {}, 0
-    shapes = {"frames": (*size, 3), "binary": (23,), "categorical": (1,), "labelled": (),
-              "events": (len(spec.tasks),), "continues": ()}
-    row = np.zeros((), [(k, TYPES[k], shape) for k, shape in shapes.items()])
-    frames, row["continues"], fault, reason = video_frames(video, fps), 1, None, None
-
-    def write(file):
-        nonlocal count
-        head = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(file, {**head, "shape": (0,)})     # room for any n
-        for t in range(start, end):
-            try:
-                frame = next(frames, None)
-            except (OSError, RuntimeError) as error:          # of ffmpeg: the video's fault
-                raise ValueError(error) from None
-            if frame is None:
-                break
-            for k in columns:
-                row[k] = columns[k][t]
-            row["frames"] = fit_frame(draw_cursor(frame, *cursors[t]) if cursors and cursors[t]
-                                      else frame, *size)
-            file.write(row.tobytes())
-            count += 1
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {**head, "shape": (count - start,)})
-
+    """Import a video, and its jsonl unless fps is given, as episodes in a folder -> Report.
+    One piece, at most SEGMENT frames, is in memory at a time."""
+    frames, recording, skipped, count, episodes = video_frames(video, fps), None, None, 0, 0
     try:
-        if fps:
-            columns, cursors, starts, total = {}, [], [0], None
-        else:
+        bounds = itertools.repeat((0, SEGMENT))
+        if fps is None:
             scale = GUI_SCALE.get(video.parent.name, 1)
-            columns, cursors, starts, total, fault = read_lines(video.with_suffix(".jsonl"), scale)
-            if fault and len(cursors) < 2 or not total:
-                raise ValueError(fault or "no lines")
-        while not pieces or count == end:                     # until the video ends
-            i, start = len(pieces), count
-            end = [*starts[1:], len(cursors)][i] if total else count + SEGMENT
-            pieces[i] = 0
-            write_whole(folder / f"{name}_{i}.npy", write)
-            pieces[i] = count - start
-            if total and end == len(cursors):
+            recording = read_lines(video.with_suffix(".jsonl"), scale)
+            if recording.fault and len(recording.cursors) < 2 or not recording.total:
+                raise ValueError(recording.fault or "no lines")
+            bounds = itertools.pairwise([*recording.starts, len(recording.cursors)])
+        for start, end in bounds:
+            piece = read_piece(frames, recording, start, end, size)
+            count += len(piece.frames)
+            if len(piece.frames) > 1:                       # a lone frame shows no action
+                write_episode(folder, episodes, piece)
+                episodes += 1
+            if len(piece.frames) < end - start:             # the video is over
                 break
+        # the recorder writes one frame more than lines
         count += sum(1 for _ in frames)
-        if total and abs(count - total) > 1:
-            raise ValueError(f"{count} frames for {total} lines")
-        if max(pieces.values()) < 2:
+        if recording and abs(count - recording.total) > 1:
+            raise ValueError(f"{count} frames for {recording.total} lines")
+        if not episodes:
             raise ValueError(f"{count} frames")
-    except UserError:                                         # no room: not the video's fault
+    except UserError:                                       # no room: not the video's fault
         raise
-    except (*BROKEN, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        pieces = {i: 0 for i in pieces}
+    except (*BROKEN, OSError) as error:
+        episodes = 0
+        skipped = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         frames.close()
-    for i in [i for i, n in pieces.items() if n < 2]:         # a lone frame shows no action
-        (folder / f"{name}_{i}.npy").unlink(missing_ok=True)
-        del pieces[i]
-    return {"video": str(video), "pieces": pieces, "skipped": reason, "fault": fault}
+    return Report(str(video), episodes, skipped, recording and recording.fault)
 
 
-def guess_frames(video, fps):
-    """About how many frames a video will give; an even guess from the first lines or header."""
-    if fps:
-        try:
-            import imageio_ffmpeg
-            return int(next(imageio_ffmpeg.read_frames(str(video.resolve())))["duration"] * fps)
-        except (OSError, RuntimeError, StopIteration, KeyError):
-            return 0
-    with open(video.with_suffix(".jsonl"), "rb") as file:
-        head = file.read(1 << 20)
-    size = video.with_suffix(".jsonl").stat().st_size
-    return round(head.count(b"\n") * size / max(len(head), 1)) + 1
+def import_todo(todo, out, names, size, workers, fps):
+    """Import videos in parallel; yields video, Report. UserError: the disk is too small."""
+    texts = [video.with_suffix(".jsonl") for video in todo if fps is None]
+    lines = sum(text.read_bytes().count(b"\n") for text in texts if text.is_file())
+    need, free = lines * (3 * math.prod(size) + 128), shutil.disk_usage(out).free
+    if free < need:
+        raise UserError(f"got {free >> 20} MB free in {out}; need {need >> 20}; do: make "
+                        "room, or import fewer or smaller frames")
+    jobs = [(video, out / "parts" / names[video], size, fps) for video in todo]
+    with tqdm(total=len(jobs), unit="video", desc="import", disable=not jobs) as bar:
+        for (video, folder, *_), report in work(import_one, jobs, workers):
+            write_json(folder.with_name(f"{folder.name}.json"), report._asdict())
+            if report.skipped:
+                bar.write(f"{video}: skipped: {report.skipped}")
+            elif report.fault:
+                bar.write(f"{report.fault}: the rest of it is left out")
+            bar.update()
+            yield video, report
 
 
-def import_files(videos, out, size, workers=0, fps=None, lone=()):
-    """Import videos into one dataset, in parallel; goes on if interrupted. Returns the Dataset.
-
-    What can't be imported is named in one line, with the reason, and left out; so is lone
-    {file: reason}, which the caller has named.
-    """
-    out, spec = Path(out), minecraft_spec(*size)
-    names = [part_name(video) for video in videos]
+def import_files(videos, out, size, workers=0, fps=None):
+    """Import videos into one dataset, in parallel; goes on if interrupted -> Dataset. What
+    can't be imported is named in one line, with the reason, and left out."""
+    out, spec, parts, reports = Path(out), minecraft_spec(*size), Path(out) / "parts", {}
+    # videos of one name may lie in two folders
+    names = {v: f"{v.stem}-{zlib.crc32(str(v.resolve()).encode()):08x}" for v in videos}
     settings = {"size": list(size), "fps": fps,
-                "videos": hashlib.sha256(" ".join(names).encode()).hexdigest()}
-    old, parts, reports = {"settings": settings, "complete": False}, out / "parts", {}
-    if (out / "dataset.json").is_file():
-        old = read_about(out)
-    numbered = any(out.glob("episode_*.npy"))                 # then no video may come or go
-    for key in (k for k in settings if settings[k] != old["settings"].get(k)):
-        if key != "videos" or numbered:
-            raise UserError(f"got other {key} than {out} was begun with; need the same; do: use "
-                            "another --out")
-    if old["complete"]:
+                "videos": zlib.crc32(" ".join(names.values()).encode())}
+    old = read_about(out) if (out / "dataset.json").is_file() else None
+    numbered = any(out.glob("episode_*.npy"))               # then no video may come or go
+    for key, value in settings.items():
+        if old and value != old["settings"].get(key) and (key != "videos" or numbered):
+            raise UserError(f"got other {key} than {out}; need the same; do: use another")
+    if old and old["complete"]:
         print(f"{out} is complete")
         return Dataset(out)
-    for video, name in zip(videos, names, strict=True):
+    # import what was not done before an interruption; what was skipped gets another chance
+    for video, name in names.items():
         if (parts / f"{name}.json").is_file():
-            reports[video] = json.loads((parts / f"{name}.json").read_text())
-    todo = [v for v in videos if v not in reports or reports[v]["skipped"] and not numbered]
-    need = sum(guess_frames(v, fps) for v in todo) * (3 * spec.height * spec.width + 48)
+            reports[video] = Report(**read_json(parts / f"{name}.json"))
+    todo = [v for v in videos if v not in reports or reports[v].skipped and not numbered]
     parts.mkdir(parents=True, exist_ok=True)
-    print(f"{out}: {len(todo)} of {len(videos)} videos to import, about {need / 1e6:.0f} MB",
-          flush=True)
-    if shutil.disk_usage(out).free < need:
-        raise UserError(f"got {shutil.disk_usage(out).free / 1e6:.0f} MB free for {out}; need "
-                        f"{need / 1e6:.0f}; do: make room, or import fewer or smaller frames")
-    command = "python data.py " + " ".join(sys.argv[1:])
+    print(f"{out}: {len(todo)} of {len(videos)} videos to import", flush=True)
+    command = " ".join(["python -m envs.minecraft", *sys.argv[1:]])
     write_about(out, spec, settings, complete=False, command=command)
-    with tqdm(total=len(todo), unit="video", desc="import", disable=not todo) as bar:
-        for (video, *_), got in work(import_one, [(v, parts, size, fps) for v in todo], workers):
-            path, report = parts / f"{part_name(video)}.json", json.dumps(got).encode()
-            write_whole(path, lambda file, report=report: file.write(report))
-            reports[video] = json.loads(report)
-            if got["skipped"] or got["fault"]:
-                bar.write(f"{got['video']}: skipped: {got['skipped']}" if got["skipped"]
-                          else f"{got['fault']}: the rest of it is left out")
-            bar.update()
-    pieces = [parts / f"{name}_{i}.npy" for video, name in zip(videos, names, strict=True)
-              for i in reports[video]["pieces"]]
-    skipped = {r["video"]: r["skipped"] for r in reports.values() if r["skipped"]}
-    cut = sum(bool(r["fault"]) for r in reports.values() if not r["skipped"])
-    whole, skipped = len(videos) - cut - len(skipped), {**dict(lone), **skipped}
+    reports.update(import_todo(todo, out, names, size, workers, fps))
+    # the pieces become episodes
+    pieces = [episode_path(parts / names[video], i)
+              for video in videos for i in range(reports[video].episodes)]
     if not pieces:
-        raise UserError(f"got {len(videos)} videos, none of which can be imported; need one; do: "
-                        "see the reasons above")
+        raise UserError(f"got {len(videos)} videos, of which none can be read; need one; "
+                        "do: see the reasons above")
     for index, piece in enumerate(pieces):
-        if piece.exists():                                    # else moved before an interruption
+        if piece.exists():                                  # else it was moved before
             os.replace(piece, episode_path(out, index))
+    skipped = {r.video: r.skipped for r in reports.values() if r.skipped}
+    cut = sum(r.fault is not None and not r.skipped for r in reports.values())
     finish_dataset(out, spec, {**settings, "skipped": skipped})
     shutil.rmtree(parts)
-    print(f"{out}: {whole} videos whole, {cut} cut short, {len(skipped)} skipped; {len(pieces)} "
-          "episodes", flush=True)
+    print(f"{out}: {len(videos) - cut - len(skipped)} videos whole, {cut} cut short, "
+          f"{len(skipped)} skipped; {len(pieces)} episodes", flush=True)
     return Dataset(out)
 
 
 def import_vpt(src, out, size, part="all", workers=0):
     """Import the segments (NAME.mp4 and NAME.jsonl) in a folder and below it."""
-    lines, films = ({path.with_suffix("") for path in Path(src).rglob(f"*{ending}")}
-                    for ending in (".jsonl", ".mp4"))
-    lone = {str(stem): f"no {'.mp4' if stem in lines else '.jsonl'}" for stem in lines ^ films}
-    for stem in sorted(lone):
-        print(f"{stem}: skipped: {lone[stem]} beside it")
-
-    def session(stem):                                        # its segments stay on one side
-        return zlib.crc32(re.sub(r"-\d{8}-\d{6}$", "", stem.name).encode()) % 20
-    videos = [stem.with_name(stem.name + ".mp4") for stem in sorted(lines & films)
-              if part == "all" or (part == "reference") == (session(stem) == 0)]
+    videos, files = [], [*Path(src).rglob("*.mp4"), *Path(src).rglob("*.jsonl")]
+    for stem in sorted({path.with_suffix("") for path in files}):
+        # the segments of a session stay together
+        session = re.sub(r"-\d{8}-\d{6}$", "", stem.name)
+        is_reference = zlib.crc32(session.encode()) % 20 == 0
+        if part == "all" or is_reference == (part == "reference"):
+            videos.append(stem.with_name(f"{stem.name}.mp4"))
     if not videos:
-        raise UserError(f"got no segments ({part}) in {src}; need NAME.mp4 with NAME.jsonl; do: "
-                        "correct --src, or 'python data.py download-vpt'")
-    return import_files(videos, out, size, workers, None, lone)
+        raise UserError(f"got no segments ({part}) in {src}; need NAME.mp4, NAME.jsonl; "
+                        "do: correct --src, or 'python -m envs.minecraft download-vpt'")
+    return import_files(videos, out, size, workers)
 
 
 def import_video(videos, out, size, fps=20.0, workers=0):
     """Import any videos, without actions: every row is unlabelled."""
-    if missing := [v for v in videos if not Path(v).is_file()]:
-        raise UserError(f"got no file {missing[0]}; need videos; do: correct the path")
+    for video in videos:
+        if not Path(video).is_file():
+            raise UserError(f"got no file {video}; need videos; do: correct the path")
     if not 0 < fps < math.inf:
-        raise UserError(f"got --fps {fps}; need frames a second above 0; do: leave it at 20")
-    return import_files([Path(v) for v in videos], out, size, workers, fps)
+        raise UserError(f"got --fps {fps}; need more than 0 a second; do: leave it at 20")
+    return import_files(list(map(Path, videos)), out, size, workers, fps)
+
+
+def receive(url, part, first):
+    """Append what is left of url to the file part -> None, or why it isn't all there; what
+    can't be completed is deleted."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "dreamer4-mini"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.status != 206:                            # the server begins again
+            have = 0
+        size = have + int(answer.headers.get("Content-Length") or -1)
+        with open(part, "ab" if have else "wb") as file:
+            shutil.copyfileobj(answer, file, 1 << 20)
+    with open(part, "rb") as file:
+        good, got = re.match(first, file.read(16), re.DOTALL), part.stat().st_size
+    if good and got == size:
+        return None
+    if not good or got > size:
+        part.unlink()
+    return "cut off" if good else "an error page"
 
 
 def fetch(url, path, first):
-    """Download url to path, going on from path.part -> None, or why there is nothing to keep.
+    """Download url to path, going on from path.part -> None, or why that is impossible.
     first: pattern of the content's first bytes, which an error page doesn't have."""
-    part = path.with_name(path.name + ".part")
+    part, failure = path.with_name(path.name + ".part"), None
     part.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(5):
+    for attempt in range(ATTEMPTS):
         if attempt:
             tqdm.write(f"{url}: trying again ({failure})")
             time.sleep(RETRY_SECONDS * 2 ** attempt)
-        have = part.stat().st_size if part.exists() else 0
-        head = {"User-Agent": "dreamer4-mini", **({"Range": f"bytes={have}-"} if have else {})}
         try:
-            request = urllib.request.Request(url, headers=head)
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                have = have if answer.status == 206 else 0    # else it starts from the beginning
-                size = have + int(answer.headers.get("Content-Length") or -1)
-                with open(part, "ab" if have else "wb") as file:
-                    shutil.copyfileobj(answer, file, 1 << 20)
-        except urllib.error.HTTPError as error:
-            failure, offline = f"answer {error.code}", False
-            if error.code == 416:                             # nothing is left: begin again
-                part.unlink()
+            failure = receive(url, part, first)
+        except urllib.request.HTTPError as error:
+            failure = f"answer {error.code}"
+            if error.code == 416:                           # nothing is left: begin again
+                part.unlink(missing_ok=True)
             elif error.code not in (408, 429, 500, 502, 503, 504):
                 return failure
-            continue
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise UserError(f"got {error}; need room; do: make some, the same command goes on")
-            failure, offline = error, True
-            continue
-        failure, offline = "cut off", False
-        with open(part, "rb") as file:
-            good = re.match(first, file.read(16), re.DOTALL)
-        if good and part.stat().st_size == size:
-            return os.replace(part, path)
-        if not good or part.stat().st_size > size:
-            part.unlink()
-        if not good:
-            return "an error page"
-    if offline:
-        raise UserError(f"got no connection for {url} ({failure}); need the network; do: try later,"
-                        " the same command goes on")
-    return f"{failure}, five times"
+            failure = error
+        if failure is None:
+            os.replace(part, path)
+        if failure in (None, "an error page"):
+            return failure
+    if isinstance(failure, Exception):
+        raise UserError(f"got no connection for {url} ({failure}); need the network, and "
+                        "room; do: try later, the same command goes on")
+    return f"{failure}, {ATTEMPTS} times"
+
+
+def download_segment(base, relpath, out):
+    """Download NAME.jsonl and NAME.mp4 -> None, or why not."""
+    stem = local = re.sub(r"\.mp4$", "", relpath).split("/")
+    if not all(re.fullmatch(r"(?a)\w[\w.+ -]*", name) for name in stem):
+        return "unsafe name"
+    if stem[0] == "data":                                   # it may stand in base too
+        base, local = base.removesuffix("data/"), stem[1:]
+    for ending, first in ((".jsonl", rb"\s*{"), (".mp4", rb".{4}ftyp")):
+        path = Path(out, *local[:-1], local[-1] + ending)
+        url = base + urllib.parse.quote("/".join(stem)) + ending
+        if not path.exists() and (reason := fetch(url, path, first)):
+            return reason
+    return None
 
 
 def download_vpt(index, out, limit):
@@ -470,70 +513,108 @@ def download_vpt(index, out, limit):
         if not re.match("https?://", base):
             raise ValueError(f"basedir {base!r}")
     except (OSError, *BROKEN) as error:
-        raise UserError(f"got {index} ({error}); need an index file of VPT with basedir and "
-                        "relpaths; do: see the README, \"Minecraft\"")
+        raise UserError(f"got {index} ({error}); need an index file of VPT with basedir "
+                        "and relpaths; do: see the README, \"Minecraft\"") from None
     skipped = 0
     for relpath in tqdm(relpaths, "download", unit="segment"):
-        stem = re.sub(r"\.mp4$", "", relpath).split("/")
-        reason = None if all(re.fullmatch(r"(?a)\w[\w.+ -]*", x) for x in stem) else "unsafe name"
-        local = Path(out, *stem[stem[0] == "data":])          # "data" may stand in either part
-        url = f"{base.rstrip('/')}/".removesuffix("data/" * (stem[0] == "data"))
-        for ending, first in ((".jsonl", rb"\s*{"), (".mp4", rb".{4}ftyp")):
-            path = local.with_name(local.name + ending)
-            if not reason and not path.exists():
-                reason = fetch(url + urllib.parse.quote("/".join(stem)) + ending, path, first)
-        if reason:
+        if reason := download_segment(f"{base.rstrip('/')}/", relpath, out):
             skipped += 1
             tqdm.write(f"{relpath}: skipped: {reason}")
     print(f"{out}: {len(relpaths) - skipped} segments, {skipped} skipped")
 
 
-class MineRL:
-    """MineRL 1.0's HumanSurvival: from nothing, in a new world; 640x360 scaled to the given size.
+# ----------------------------------------------------------------- the game, the commands
 
-    events: by how much each task's counter rose. Terminal: death, 72,000 steps, a broken game.
+class Minecraft:
+    """MineRL 1.0's HumanSurvival: from nothing, in a new world; 640x360 scaled to a size.
+
+    events: by how much each task's count rose. Terminal: death, 60 minutes, a broken game.
+    The game starts at the first reset, which takes minutes; the spec needs no MineRL.
     """
-    limit = 72_000                                            # 60 minutes
+    limit = 72_000                                          # steps
 
     def __init__(self, height=128, width=128):
-        self.spec, self.game = minecraft_spec(height, width), self.make_game()
+        self.spec, self.game = minecraft_spec(height, width), None
 
-    def make_game(self):
-        """The game; it starts with the first reset, which takes minutes."""
+    def start_game(self):
         try:
-            specs = importlib.import_module("minerl.herobraine.env_specs.human_survival_specs")
-            handlers = importlib.import_module("minerl.herobraine.hero.handlers")
+            from minerl.herobraine.env_specs.human_survival_specs import HumanSurvival
+            from minerl.herobraine.hero.handlers import ObserveFromFullStats
         except ImportError as error:
-            raise UserError(f"got no MineRL 1.0 ({error}); need it, with Java 8 and numpy < 1.24; "
-                            "do: pip install git+https://github.com/minerllabs/minerl, see the "
-                            "README, \"Minecraft\"")
+            raise UserError(f"got no MineRL 1.0 ({error}); need it, Java 8, numpy < 1.24; "
+                            "do: pip install git+https://github.com/minerllabs/minerl, see "
+                            "the README, \"Minecraft\"") from None
 
-        class Survival(specs.HumanSurvival):
-            def create_observables(self):                     # deaths, opened tables and furnaces
-                return [*super().create_observables(), handlers.ObserveFromFullStats("custom")]
-        return Survival(fov_range=[70, 70], gamma_range=[2, 2], guiscale_range=[1, 1],
-                        resolution=[640, 360], cursor_size_range=[16.0, 16.0], frameskip=1).make()
+        class Survival(HumanSurvival):
+            def create_observables(self):                   # deaths, opened furnaces
+                return [*super().create_observables(), ObserveFromFullStats("custom")]
 
-    def see(self, observation):
-        """Keeps the frame -> by how much the counters rose."""
+        game = Survival(fov_range=[70, 70], gamma_range=[2, 2], guiscale_range=[1, 1],
+                        resolution=[640, 360], cursor_size_range=[16.0, 16.0], frameskip=1)
+        return game.make()
+
+    def observe(self, observation):
+        """Keeps the frame and the counts of all tasks."""
         self.frame = fit_frame(observation["pov"], self.spec.height, self.spec.width)
-        return self.counters.rises({
-            f"minecraft.{kind}:minecraft.{re.split('[.:]', name)[-1]}": int(n)
-            for kind in {kind for kind, *_ in COUNTERS.values()} & observation.keys()
-            for name, n in observation[kind].items()})
+        statistics = {}
+        for kind in {kind for kind, *_ in STATISTICS.values()} & observation.keys():
+            for name, n in observation[kind].items():
+                name = re.split("[.:]", name)[-1]
+                statistics[f"minecraft.{kind}:minecraft.{name}"] = int(n)
+        self.counts = count_tasks(statistics)
 
     def reset(self, seed):
-        self.game.seed(int(seed))                             # of the next reset alone
-        self.steps, self.counters = 0, Counters()
-        self.see(self.game.reset())
+        if self.game is None:
+            self.game = self.start_game()
+        self.game.seed(int(seed))                           # of the next reset alone
+        self.steps = 0
+        self.observe(self.game.reset())
         return self.frame
 
     def step(self, action):
         # ESC would end the episode; a screen is closed by `inventory`
         observation, _, done, info = self.game.step({**to_minerl(action), "ESC": 0})
         self.steps += 1
-        if info.get("error"):                                 # then the observation is random
-            print(f"MineRL broke off at step {self.steps}: {info['error']}", file=sys.stderr)
+        if info.get("error"):                               # then the observation is random
+            print(f"MineRL broke off, step {self.steps}: {info['error']}", file=sys.stderr)
             return self.frame, np.zeros(len(self.spec.tasks), np.uint8), True
-        rises = self.see(observation).clip(0, 255).astype(np.uint8)
+        before = self.counts
+        self.observe(observation)
+        rises = (self.counts - before).clip(0, 255).astype(np.uint8)
         return self.frame, rises[:-1], bool(done or rises[-1] or self.steps >= self.limit)
+
+
+def make(argument):
+    """make_env("minecraft:128x128"); without a size it is that one."""
+    return Minecraft(*parse_size(argument or "128x128"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parsers = parser.add_subparsers(dest="command", required=True)
+    get = parsers.add_parser("download-vpt", help="OpenAI's recordings of players")
+    get.add_argument("--index", required=True, help="index file: README, Minecraft")
+    get.add_argument("--limit", type=int, default=10, help="segments of at most 5 minutes")
+    vpt = parsers.add_parser("import-vpt", help="those recordings become a dataset")
+    vpt.add_argument("--src", required=True, help="folder with NAME.mp4 and NAME.jsonl")
+    vpt.add_argument("--part", choices=("all", "train", "reference"), default="all",
+                     help="reference: about every 20th session, train: the others")
+    video = parsers.add_parser("import-video", help="any videos, as play without actions")
+    video.add_argument("videos", nargs="+", help="files")
+    video.add_argument("--fps", type=float, default=20.0, help="frames a second to keep")
+    for importer in (vpt, video):
+        importer.add_argument("--size", type=parse_size, default=(128, 128),
+                              help="HEIGHTxWIDTH of the frames, default 128x128")
+        importer.add_argument("--workers", type=int, default=0, help="0 = one per core")
+    for command in (get, vpt, video):
+        command.add_argument("--out", required=True, help="folder")
+    flags = vars(parser.parse_args())
+    commands = {"download-vpt": download_vpt, "import-vpt": import_vpt,
+                "import-video": import_video}
+    dataset = commands[flags.pop("command")](**flags)
+    if dataset is not None:
+        print(describe(dataset))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,32 +1,126 @@
-"""Speeds at pinned shapes."""
-import copy
-import functools
+"""Speeds at pinned shapes, and what the models of a preset take.
+
+The paper: frames/s on an H100 and seconds of a training step, by design. Here, with random
+weights: dynamics of 4 layers, 256 wide, 16 latent and 4 register tokens, K_max 16, trained
+on 16 rows of 16 frames (wide: 8 layers, 512 wide, 4 rows of 64); dreams of 1 or 64 rows on
+contexts of so many frames ("64 x 16"), with and without the cache.
+
+    python -m paper.bench                       5 minutes on two cores
+    python -m paper.bench --run runs/crafter    and the speeds of a run with an agent
+    python -m paper.bench --sizes paper         parameters, FLOPs, memory, by formula
+"""
+
+import itertools
 import resource
+import time
+from functools import partial
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from agent import Agent, AgentConfig, autocast, freeze, pick_dtype
-from data import ActionSpec
-from dynamics import Dream, Dynamics, DynamicsConfig, dynamics_losses
-from play import Recomputed, dream_rate, empty_inputs, imagination_rate, seconds
-from tokenizer import Tokenizer, TokenizerConfig, reconstruction_loss
+import train
+from agent import (DTYPES, Agent, AgentConfig, autocast, dream_of, freeze, imagine_rollout,
+                   load_run, pick_device, pick_dtype)
+from data import ActionSpec, make_env, run_cli
+from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, ramp_weight,
+                      sample_tau_d)
+from paper import results
+from play import Result
+from tokenizer import Cache, Tokenizer, TokenizerConfig, compile_module, reconstruction_loss
+
+SPEC = ActionSpec(classes=(17,))
+TOKENIZERS = {"tokenizer": TokenizerConfig(patch=24, dim=256, layers=4, heads=4, kv_heads=2,
+                                           latents=16, channels=32, local=False, cell=0),
+              "default tokenizer": TokenizerConfig()}
+ACTIVATION_BYTES = (66, 11)     # for backward, bf16: a channel; a head's pair of tokens
+STATE_BYTES = 16                # of a parameter: itself, gradient, optimizer, bf16 copy
+
+
+def new_dynamics(device, dim=256, layers=4):
+    cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers,
+                         heads=4, kv_heads=2, time_every=2, context=64, k_max=16, k=4)
+    return Dynamics(cfg, SPEC).to(device)
+
+
+def empty_batch(model, B, T):
+    """Zero latents, no-op actions, labelled."""
+    z = torch.zeros(B, T, model.cfg.tokens, model.cfg.channels)
+    actions = torch.from_numpy(model.action_spec.zeros(B, T))
+    labelled = torch.ones(B, T, dtype=torch.bool)
+    return Batch(z, actions, labelled).to(model.agent_token.device)
+
+
+def seconds(step, repeats, device):
+    """Median wall time of step() over `repeats` calls, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))
+
+
+def compile_for_bench(module, device):
+    """As training does it; on CUDA that takes minutes, and the preset gpu does without."""
+    if device.type != "cuda":
+        compile_module(module, device)
+    return module
+
+
+@torch.no_grad()
+def dream_rate(dream, B, tokenizer=None, repeats=12):
+    """Frames/s of a dream of B rows on a full context, decoded if there is a tokenizer."""
+    context = empty_batch(dream.model, B, dream.cache.context)
+    actions = context.actions[:, :1]
+    view = tokenizer.new_cache() if tokenizer else None
+    dream.commit(context.z, context.actions, context.labelled)
+
+    def step():
+        z, _ = dream.step(actions)
+        if tokenizer:
+            tokenizer.decode(z, view).cpu()
+
+    return B / seconds(step, repeats, actions.device)
+
+
+@torch.no_grad()
+def imagination_rate(new_dream, agent, B, context, horizon, repeats=3):
+    """Imagined frames/s of rollouts as in training: policy, rewards and values included."""
+    batch = empty_batch(new_dream().model, B, context)
+    task = torch.zeros(B, context, dtype=torch.long, device=batch.z.device)
+
+    def rollout():
+        h = imagine_rollout(new_dream(), agent, batch._replace(task=task), horizon).h
+        (agent.rewards(h, task[:, :1]) + agent.values(h)).cpu()
+
+    return B * horizon / seconds(rollout, repeats, task.device)
+
+
+@torch.no_grad()
+def uncached_rate(model, B, context, passes):
+    """Frames/s of a dream without a cache: each pass sees the whole context again."""
+    batch = empty_batch(model, B, context)
+    tau = torch.zeros(B, context, device=batch.z.device)
+    forward = partial(model, batch.z, tau, torch.ones_like(tau), batch)
+    return B / (passes * seconds(forward, 8, tau.device))
 
 
 def matmul_peak(device, dtype, repeats=8):
     """FLOP/s of the fastest of some large matrix products."""
     rates = []
-    for n in (512, 1024, 2048, *[8192] * (device.type == "cuda")):
+    for n in (512, 1024, 2048) if device.type == "cpu" else (2048, 8192):
         a, b = (torch.randn(m, n, device=device, dtype=dtype) for m in (8192, n))
         rates.append(2 * 8192 * n * n / seconds(lambda a=a, b=b: a @ b, repeats, device))
     return max(rates)
 
 
-def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
+def training_rate(model, loss_fn, frames, dtype, repeats=6):
     """Frames/s and FLOP/s (matrix products, the optimizer's too) of a training step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from train import make_optimizers  # later in the order of imports
-    optimizers = make_optimizers([model], 1e-4, 1e-4)
+    device = next(model.parameters()).device
+    optimizers = train.make_optimizers([model], 1e-4, 1e-4)
 
     def step():
         with autocast(device, dtype):
@@ -43,90 +137,155 @@ def training_rate(model, loss_fn, frames, device, dtype, repeats=6):
     return frames / time_of_step, counter.get_total_flops() / time_of_step
 
 
-def compile_for_bench(module, device):
-    """As training does it: on CUDA it takes minutes, and the preset gpu does without."""
-    from train import compile_module  # later in the order of imports
-    if device.type != "cuda":
-        compile_module(module, device)
+def note(rows, what, value, unit, k="any"):
+    of = {"what": f"{what}, {unit}", "K": k}
+    rows.append(Result("bench", value, None, None, 1, unit, of))
+    print(f"{what}, K {k}: {value:.4g} {unit}", flush=True)
 
 
-def bench(device, dtype="auto"):
-    """Speeds at pinned shapes, random weights: 4 layers of width 256, 16 latent, 4 register tokens,
-    K_max 16; training batch 16 x 16; and 8 layers of width 512 at T = 64 ("wide"). Encoding and
-    decoding alone, and "tokenizer_default", are of the default tokenizer."""
-    entries, spec = {}, ActionSpec(categorical=(17,))
+def bench_training(rows, device, dtype):
+    """Matrix products, and training steps with the share of those that they reach."""
+    peaks = {}
+    for name in ("fp32", "bf16"):
+        peaks[name] = matmul_peak(device, DTYPES[name])
+        note(rows, f"matrix product {name}", peaks[name] / 1e9, "GFLOP/s")
+
+    def note_training(name, net, loss_fn, frames):
+        rate, flops = training_rate(net, loss_fn, frames, dtype)
+        peak = peaks.get(pick_dtype(device, dtype), peaks["fp32"])
+        note(rows, f"training, {name}", rate, "frames/s")
+        note(rows, f"training, {name}, of that peak", flops / peak, "share")
+
     generator = torch.Generator(device).manual_seed(0)
-
-    def note(name, value, unit):
-        entries[f"bench_{name}"] = value, None, None, 1, unit
-        print(f"{name:34s} {value:10.4g} {unit}", flush=True)
-
-    def model(dim=256, layers=4, **more):
-        cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers, heads=4,
-                             kv_heads=2, time_every=2, context=64, **more)
-        return Dynamics(cfg, spec).to(device)
-
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        note(f"matmul_{name}", matmul_peak(device, kind) / 1e9, "GFLOP/s")
-    peak = entries["bench_matmul_bf16"][0] if pick_dtype(device, dtype) == "bf16" else \
-        entries["bench_matmul_fp32"][0]
-    for name, net, B, T in (("dynamics", model(), 16, 16), ("wide", model(512, 8), 4, 64)):
-        z, actions, labelled = empty_inputs(net.cfg, spec, B, T, device)
-        z = torch.randn(z.shape, device=device)
-        loss = lambda net=net, z=z, a=actions, y=labelled, B=B: dynamics_losses(
-            net, z, a, y, B // 4, generator)[0]["dynamics"]
-        frames, flops = training_rate(net, loss, B * T, device, dtype)
-        note(f"{name}_training", frames, "frames/s")
-        note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
-    pinned = TokenizerConfig(patch=24, dim=256, encoder_layers=4, decoder_layers=4, heads=4,
-                             kv_heads=2, latents=16, channels=32, local=False, cell=0)
-    pixels = torch.randn(16, 8, 72, 72, 3, device=device)
-    for name, cfg in (("tokenizer", pinned), ("tokenizer_default", TokenizerConfig())):
+    for name, net, B, T in (("dynamics", new_dynamics(device), 16, 16),
+                            ("wide dynamics", new_dynamics(device, 512, 8), 4, 64)):
+        batch = empty_batch(net, B, T)
+        batch = batch._replace(z=torch.randn_like(batch.z))
+        tau, d = sample_tau_d(B, T, net.cfg.k_max, B // 4)
+        losses = partial(dynamics_losses, net, batch, tau, d, ramp_weight(tau), generator)
+        note_training(name, net, lambda f=losses: f()[0]["dynamics"], B * T)
+    x = torch.randn(16, 8, 72, 72, 3, device=device)
+    for name, cfg in TOKENIZERS.items():
         net = Tokenizer(cfg).to(device)
-        frames, flops = training_rate(
-            net, lambda net=net: reconstruction_loss(net(pixels), pixels)["mse"], 128, device,
-            dtype)
-        note(f"{name}_training", frames, "frames/s")
-        note(f"{name}_training_share_of_peak", flops / 1e9 / peak, "share")
+        note_training(name, net, lambda f=net: reconstruction_loss(f(x), x)["mse"], 16 * 8)
 
-    tokenizer = freeze(net, device, dtype)
+
+def bench_dreams(rows, device, dtype):
+    """Encoding, decoding; dreams by K and context, decoded or not, without the cache."""
     frames = torch.zeros(16, 16, 72, 72, 3, dtype=torch.uint8, device=device)
-    with torch.no_grad(), autocast(device, dtype):
-        z = tokenizer.encode(frames)
-        note("encode", 256 / seconds(lambda: tokenizer.encode(frames), 5, device), "frames/s")
-        note("decode", 256 / seconds(lambda: tokenizer.decode(z), 5, device), "frames/s")
-    net = freeze(model(), device, dtype)
-    tokenizer = freeze(Tokenizer(pinned), device, dtype)
-    rate = functools.partial(dream_rate, net, device=device, dtype=dtype)
+    tokenizer = freeze(Tokenizer(TOKENIZERS["default tokenizer"]), device, dtype)
+    z = tokenizer.encode(frames)
+    for name, step in (("encode", partial(tokenizer.encode, frames)),
+                       ("decode", partial(tokenizer.decode, z))):
+        note(rows, name, 16 * 16 / seconds(step, 5, device), "frames/s")
+
+    net = freeze(new_dynamics(device), device, dtype)
+    tokenizer = freeze(Tokenizer(TOKENIZERS["tokenizer"]), device, dtype)
+    shapes = ((1, 16, 60), (1, 64, 60), (1, 192, 60), (64, 16, 12))
+    combinations = itertools.product(shapes, (None, tokenizer), (1, 4))
+    for (B, context, repeats), view, k in combinations:
+        rate = dream_rate(Dream(net, cache=Cache(context), k=k), B, view, repeats)
+        decoded = ", decoded" if view else ""
+        note(rows, f"dream, {B} x {context}{decoded}", rate, "frames/s", k)
+    note(rows, "dream, 1 x 64, no cache", uncached_rate(net, 1, 64, 4), "frames/s", 4)
+
+    # 20 frames at a time: does a frame cost more the longer a dream lasts?
+    step = partial(Dream(net).step, empty_batch(net, 1, 1).actions)
+    cost = [seconds(step, 19, device) for _ in range(26)]
+    note(rows, "frame 500 over frame 100", cost[25] / cost[5], "ratio", 4)
+
+
+def bench_imagination(rows, device, dtype, run=None):
+    """Rollouts of 12 frames; those of a run, and its dream, decoded, as in the game."""
+    net = compile_for_bench(freeze(new_dynamics(device), device, dtype), device)
+    agent = Agent(AgentConfig(), net.cfg.dim, SPEC, 22).to(device)
     for k in (1, 4):
-        note(f"dream_b1_c64_k{k}", rate(1, 64, k=k, repeats=60), "frames/s")
-        note(f"dream_b1_c64_k{k}_decoded", rate(1, 64, k=k, tokenizer=tokenizer, repeats=60),
-             "frames/s")
-        note(f"dream_b64_c16_k{k}", rate(64, 16, k=k), "frames/s")
-        note(f"dream_b64_c16_k{k}_decoded", rate(64, 16, k=k, tokenizer=tokenizer), "frames/s")
-    note("uncached_b1_c64_k4", rate(1, 64, kind=Recomputed, repeats=8), "frames/s")
-    note("cached_over_uncached", entries["bench_dream_b1_c64_k4"][0]
-         / entries["bench_uncached_b1_c64_k4"][0], "ratio")
-    once, agent = (Agent(AgentConfig(k=k), 256, spec, 22).to(device) for k in (1, 4))
-    fast = copy.deepcopy(net)
-    compile_for_bench(fast, device)
-    imagined = functools.partial(imagination_rate, fast, B=64, context=16, horizon=12,
-                                 device=device, dtype=dtype)
-    note("imagination_b64_c16_k1", imagined(once), "frames/s")
-    note("imagination_b64_c16", imagined(agent), "frames/s")
-    note("imagination_uncached", imagined(agent, kind=Recomputed, repeats=1), "frames/s")
-    note("imagination_cached_over_uncached", entries["bench_imagination_b64_c16"][0]
-         / entries["bench_imagination_uncached"][0], "ratio")
-    for context in (16, 64, 192):
-        note(f"dream_b1_c{context}", 1000 / rate(1, context, repeats=60), "ms a frame")
-    for times, dim in ((2, 368), (4, 512)):
-        bigger = freeze(model(dim), device, dtype)
-        note(f"dream_parameters_x{times}", 1000 / dream_rate(
-            bigger, 1, 64, device, dtype, repeats=60), "ms a frame")
+        rate = imagination_rate(partial(Dream, net, k=k), agent, 64, 16, 12)
+        note(rows, "imagination, 64 x 16", rate, "frames/s", k)
+    rate = uncached_rate(net, 64, 16, 4 + 1)        # the policy needs the commit pass too
+    note(rows, "imagination, 64 x 16, no cache", rate, "frames/s", 4)
+    if run:
+        agent, batch = run.agent, run.meta["config"]["train"]["imagine_batch"]
+        rate = dream_rate(Dream(run.dynamics), 1, run.tokenizer, repeats=40)
+        note(rows, f"dream of {run.path.parent}", rate, "frames/s", run.dynamics.cfg.k)
+        dream = partial(dream_of, compile_for_bench(run.dynamics, device), agent)
+        rate = imagination_rate(dream, agent, batch, agent.cfg.context, agent.cfg.horizon)
+        note(rows, f"imagination of {run.path.parent}", rate, "frames/s", dream().k)
+
+
+def bench(device, dtype="auto", run=None):
+    rows = []
+    bench_training(rows, device, dtype)
     with torch.no_grad(), autocast(device, dtype):
-        dream, one = Dream(net), empty_inputs(net.cfg, spec, 1, 1, device)[1]
-        cost = [seconds(lambda: dream.step(one), 19, device) for _ in range(26)]    # of 20 frames
-    note("frame500_over_frame100", cost[25] / cost[5], "ratio")
-    note("peak_memory", torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else
-         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
-    return entries
+        bench_dreams(rows, device, dtype)
+        bench_imagination(rows, device, dtype, run)
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    note(rows, "peak memory", memory / 2 ** 30, "GiB")
+    return rows
+
+
+def transformer_costs(transformer, S, T):
+    """Of a frame with S tokens in a window of T frames: forward FLOPs, and bytes of
+    activations. FLOPs: 2 for a weight and token, 4 for a channel of a pair that attends."""
+    flops = memory = 0
+    for block in transformer.blocks:
+        heads, size = block.attention.heads, block.attention.size
+        pairs = {"space": S, "time": T, "dense": S * T}[block.kind]
+        weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
+        flops += S * (2 * weights + 4 * heads * size * pairs)
+        memory += S * heads * (ACTIVATION_BYTES[0] * size + ACTIVATION_BYTES[1] * pairs)
+    return flops, memory
+
+
+def sizes(preset):
+    """Rows: what a preset's models take. They are on the meta device, without memory."""
+    configs = train.parse(["--preset", preset])[1]
+    cfg, spec = configs["train"], make_env(configs["data"]["env"]).spec
+    size = {"height": spec.height, "width": spec.width}
+    tok = TokenizerConfig(**configs["tokenizer"] | size)
+    size = {"tokens": tok.latents // tok.pack, "channels": tok.channels * tok.pack}
+    dyn = DynamicsConfig(**configs["dynamics"] | size | {"tasks": len(spec.tasks)})
+    with torch.device("meta"):
+        tokenizer, dynamics = Tokenizer(tok), Dynamics(dyn, spec.actions)
+
+    # tokens a frame: patches and latents; action, level, latents, registers, agent
+    S, S_dyn = tokenizer.patches + tok.latents, dyn.tokens + dyn.registers + 3
+    T, T_long = cfg["tokenizer_length"], cfg["long_length"]
+    coder, world = (tokenizer.encoder, tokenizer.decoder), dynamics.transformer
+    flops = (sum(transformer_costs(net, S, min(tok.context, T))[0] for net in coder),
+             transformer_costs(world, S_dyn, dyn.context)[0])
+    kept = (sum(transformer_costs(net, S, T)[1] for net in coder),
+            transformer_costs(world, S_dyn, T_long)[1])
+    frames = cfg["tokenizer_batch"] * T, max(cfg["batch"] * cfg["length"], 2 * T_long)
+    rows, models = [], ((tokenizer, dynamics), (S, S_dyn), flops, kept, frames)
+    for net, tokens, flops, memory, frames in zip(*models, strict=True):
+        n = sum(p.numel() for p in net.parameters())
+        name = f"{preset}, {type(net).__name__.lower()}"
+        found = {"parameters": n, "tokens a frame": tokens, "forward GFLOPs": flops / 1e9,
+                 "activations MB a frame": memory / 1e6, "frames in a step": frames,
+                 "memory of a step, GB": (STATE_BYTES * n + memory * frames) / 1e9}
+        rows += [Result("size", float(x), None, None, 1, "", {"model": name, "size": size})
+                 for size, x in found.items()]
+    return rows
+
+
+def main():
+    parser = results.make_parser(__doc__)
+    parser.set_defaults(run=None)
+    parser.add_argument("--sizes", metavar="PRESET", help="a preset's models, by formula")
+    args = parser.parse_args()
+    if args.sizes:
+        results.save("sizes", sizes(args.sizes))
+        return print(results.TABLES["sizes"]())
+    device = pick_device(args.device)
+    run = load_run(args.run, args.stage, device, args.dtype) if args.run else None
+    rows = bench(device, args.dtype, run)
+    results.save("bench", rows)
+    results.chart([row for row in rows if row.of["K"] != "any" and row.unit == "frames/s"],
+                  "K", "what", "frames/s", "bench.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

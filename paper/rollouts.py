@@ -1,47 +1,126 @@
-"""Long dreams."""
+"""Long rollouts: how far does a dream follow the game, and does it last?
+
+No figure of the paper, whose world model is judged by people who play in it. Here: PSNR and
+SSIM up to 64 frames after the context, beside what a perfect model would score with the
+shuffled actions: the simulator itself. And dreams of 500 frames: the share of map cells
+near a texture that exists, and the map's brightness (dark cells pass easily).
+
+    python -m paper.rollouts --run runs/crafter
+"""
+
 import numpy as np
 import torch
 
-from agent import autocast
-from paper.figure8_sampling import dream_freely
-from play import mean_interval, reader_of, to_tensors, write_film
+from agent import autocast, load_run, pick_device
+from data import UserError, copy_env, make_env, run_cli, work
+from dynamics import Dream
+from paper import results
+from play import (CLIPS, CONTEXT, Result, encode, read_clips, reader_of, reference_clips,
+                  reference_of, roll_out, score_pixels, shuffle_actions, t_interval)
+
+MAP_ROWS = 56               # of the 72 of a Crafter frame; below the map is the inventory
+
+
+def branch_off(name, seed, actions, branches):
+    """Play a world by its recorded actions (T, A), and copies of it from the frames in
+    `branches`, a list of (t, other actions (n, A)), by those: a list of frames uint8
+    (n, H, W, 3) and events (n, tasks). A film stands still where its world has ended."""
+    env, films = make_env(name), [None] * len(branches)
+    shown = env.reset(seed)
+    for t in range(max(point for point, _ in branches) + 1):
+        if t:
+            shown = env.step(actions[t])[0]
+        for i in (i for i, (point, _) in enumerate(branches) if point == t):
+            twin, frame, frames, events, terminal = copy_env(env), shown, [], [], False
+            if twin is None:
+                raise UserError(f"Got {name}, need a world that can be copied: crafter.")
+            for action in branches[i][1]:
+                done = np.zeros(len(env.spec.tasks), np.uint8)
+                if not terminal:
+                    frame, done, terminal = twin.step(action)
+                frames.append(frame)
+                events.append(done)
+            films[i] = np.stack(frames), np.stack(events)
+    return films
+
+
+def play_on(dataset, clips, context, actions):
+    """The simulator from the end of each clip's context under other actions (n, T, A):
+    frames uint8 (n, T - context, H, W, 3), events (n, T - context, tasks). Each world is
+    made anew and led there as it was recorded."""
+    jobs, actions = [], actions.cpu().numpy()
+    for i in np.unique(clips.episode):
+        branches = [(int(clips.start[row]) + context - 1, actions[row, context:])
+                    for row in np.flatnonzero(clips.episode == i)]
+        recorded = np.array(dataset.episode(i)["actions"])
+        world = dataset.settings["seed"] + int(i)
+        jobs.append((dataset.settings["env"], world, recorded, branches))
+    done = {job[1]: films for job, films in work(branch_off, jobs)}     # as they end
+    films = [film for world in sorted(done) for film in done[world]]
+    order = np.argsort(np.argsort(clips.episode, kind="stable"))
+    return tuple(np.stack(x)[order] for x in zip(*films, strict=True))
 
 
 @torch.no_grad()
-def evaluate_long(run, dataset, length=500, context=16, dtype="auto", film=None):
-    """Dreams of `length` frames from one context of each reference episode, early in the first ones
-    and late in the last, with the recorded actions of the episodes that follow -> every 50 frames
-    the share of legal cells and the map's brightness (dark cells are easily legal)."""
+def evaluate_rollouts(run, dataset, dtype="auto", horizon=64):
+    """-> rows of PSNR and SSIM by film and horizon."""
+    with autocast(run.device, dtype):
+        rolled = roll_out(run, dataset, horizon)
+    clips = reference_clips(dataset, CLIPS, rolled.real.shape[1], run.device)
+    by = CLIPS if len(clips.frames) > CLIPS else 1              # as roll_out shuffles
+    actions = shuffle_actions(clips.actions, CONTEXT, by)
+    frames = torch.from_numpy(play_on(dataset, clips, CONTEXT, actions)[0]).to(run.device)
+    rolled.films["simulator"] = torch.cat([clips.frames[:, :CONTEXT], frames], 1)
+    return score_pixels(rolled)
+
+
+def actions_that_follow(dataset, episodes, length):
+    """(n, length, A): for each episode the recorded actions of those after it, without the
+    rows 0, which no action led to."""
+    follow = []
+    for i in range(len(episodes)):
+        parts = []
+        while sum(map(len, parts)) < length:
+            i = (i + 1) % len(episodes)
+            parts.append(np.asarray(dataset.episode(episodes[i])["actions"])[1:])
+        follow.append(np.concatenate(parts)[:length])
+    return torch.from_numpy(np.stack(follow))
+
+
+@torch.no_grad()
+def evaluate_long(run, dataset, length=500, dtype="auto"):
+    """Dreams on from one context of each reference episode, early in the first ones and
+    late in the last -> every 50 frames the share of legal cells, and brightness."""
     device, reader = run.device, reader_of(dataset)
-    long = [i for i in dataset.episodes("all") if dataset.lengths[i] >= context]
-    n = len(long)
-    start = np.array([(dataset.lengths[i] - context) * j // n for j, i in enumerate(long)])
-    clips, shown = to_tensors(dataset.read(long, start, context), device)
-    follow = []                                         # an episode's row 0 has no action
-    for j in range(n):
-        rows, i = [], j
-        while sum(map(len, rows)) < length:
-            i = (i + 1) % n
-            rows.append(np.arange(dataset.offsets[long[i]] + 1, dataset.offsets[long[i] + 1]))
-        follow.append(np.concatenate(rows)[:length])
-    everything = {k: np.concatenate([dataset.episode(i)[k] for i in range(len(dataset.lengths))])
-                  for k in shown}
-    actions = {k: torch.as_tensor(x[np.stack(follow)], device=device).to(shown[k].dtype)
-               for k, x in everything.items()}
-    frames, cache = [], run.tokenizer.new_cache()
+    episodes = [i for i in dataset.episodes("all") if dataset.lengths[i] >= CONTEXT]
+    n = len(episodes)
+    start = [(dataset.lengths[i] - CONTEXT) * j // n for j, i in enumerate(episodes)]
+    actions = actions_that_follow(dataset, episodes, length).to(device)
+    dream = Dream(run.dynamics, torch.Generator(device).manual_seed(0))
+    cache, rows = run.tokenizer.new_cache(), []
     with autocast(device, dtype):
-        z = run.tokenizer.encode(clips["frames"])
-        z = dream_freely(run, n, length, None, actions, (z, shown, clips["labelled"]))
-        for part in z.split(50, 1):                     # as one who watches all of it sees it
-            frames.append(run.tokenizer.decode(part, cache).cpu())
-    frames, entries, legal = torch.cat(frames, 1).numpy(), {}, {}
-    for t in range(50, length + 1, 50) if reader else ():
-        legal[t] = (reader.read(frames[:, t - 1])[2] < reader.LEGAL).mean((1, 2))
-        entries[f"legal_long_{t}"] = *mean_interval(legal[t]), n, "share"
-        bright = frames[:, t - 1, :56].mean((1, 2, 3)) / 255
-        entries[f"bright_long_{t}"] = *mean_interval(bright), n, "of white"
-    if 500 in legal:
-        entries["legal_long_500_minus_50"] = *mean_interval(legal[500] - legal[50]), n, "share"
-    if film:
-        write_film(film, np.concatenate(list(frames[:4, ::5]), -2))
-    return entries
+        batch = encode(run, read_clips(dataset, episodes, start, CONTEXT, device))
+        dream.commit(batch.z, batch.actions, batch.labelled)
+        for t in range(1, length + 1):
+            z, _ = dream.step(actions[:, t - 1:t])
+            frame = run.tokenizer.decode(z, cache)[:, 0].cpu().numpy()
+            if t % 50 == 0:
+                bright = frame[:, :MAP_ROWS].mean((1, 2, 3)) / 255
+                legal = (reader.read(frame)[2] < reader.LEGAL).mean((1, 2))
+                rows += [Result(name, *t_interval(x), n, "share", {"frame": t})
+                         for name, x in (("legal_cells", legal), ("brightness", bright))]
+    return rows
+
+
+def main():
+    args = results.make_parser(__doc__, "dynamics").parse_args()
+    run = load_run(args.run, args.stage, pick_device(args.device), args.dtype)
+    dataset = reference_of(args.run)
+    rows = evaluate_rollouts(run, dataset, args.dtype)
+    results.save("rollouts", rows + evaluate_long(run, dataset, dtype=args.dtype))
+    rows = [row for row in rows if row.name == "psnr"]
+    results.chart(rows, "horizon", "film", "PSNR, dB", "rollouts.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""The worlds: one file each, found by name (data.make_env)."""

@@ -1,0 +1,395 @@
+"""Tests of paper/: CPU, offline, seeded, on a toy environment."""
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import play
+from agent import Agent, AgentConfig, Run
+from data import ActionSpec, EnvSpec, UserError
+from dynamics import Dream, Dynamics, DynamicsConfig
+from envs import crafter
+from paper import (bench, figure3_agents, figure5_interactions, figure7_labels,
+                   figure8_sampling, results, rollouts)
+from tokenizer import Tokenizer, TokenizerConfig, Transformer
+
+CPU = torch.device("cpu")
+
+
+class KeyEnv:
+    """Two keys and a class of 5. The frame shows action, step and seed; seeds divisible by
+    3 end on step 12, others never."""
+    tasks = ("four", "both_keys")
+    spec = EnvSpec("keys", 8, 12, ActionSpec(classes=(2, 2, 5)), tasks,
+                   prompt_order=(("four", 2), ("both_keys", 0)), achievements=tasks)
+
+    def reset(self, seed):
+        self.seed, self.steps = seed, 0
+        return self.paint(self.spec.actions.zeros())
+
+    def paint(self, action):
+        frame = np.zeros((8, 12, 3), np.uint8)
+        frame[:4, :, 1], frame[4:, :, 1], frame[..., 0] = action
+        frame[..., 2] = self.steps
+        frame[0, 0, 2] = self.seed % 256
+        return frame
+
+    def step(self, action):
+        self.steps += 1
+        events = np.array([action[2] == 4, action[0] and action[1]])
+        return self.paint(action), events, self.seed % 3 == 0 and self.steps >= 12
+
+
+KEYS = f"{__name__}:KeyEnv"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """25 episodes; every third has 13 frames, the others 30."""
+    return data.record(KEYS, tmp_path_factory.mktemp("keys") / "set", 25, 30, 0, workers=1)
+
+
+def key_run(seed=0):
+    """A run for KeyEnv with random weights: zeros would make tests pass by silence."""
+    spec, sizes = KeyEnv.spec, dict(dim=16, layers=3, heads=4, kv_heads=2)
+    tokenizer = Tokenizer(TokenizerConfig(height=8, width=12, patch=4, cell=2, latents=4,
+                                          channels=3, pack=2, context=3, **sizes))
+    dynamics = Dynamics(DynamicsConfig(tokens=2, channels=6, tasks=2, registers=1, context=4,
+                                       time_every=3, **sizes), spec.actions)
+    agent = Agent(AgentConfig(hidden=16, context=3, horizon=5), 16, spec.actions, 2)
+    for module, start in ((tokenizer, 0), (dynamics, 0), (agent, seed)):
+        generator = torch.Generator().manual_seed(start)
+        for weight in module.eval().parameters():
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.3
+    meta = {"config": {"train": {"imagine_batch": 2}}}
+    return Run(Path("none"), "agent", spec, tokenizer, dynamics, agent, meta)
+
+
+def value_of(rows, name, of):
+    return play.find(rows, name, of).value
+
+
+def test_agents_are_data_on_the_command_line(tmp_path):
+    """Fails if a pattern takes runs without that stage, or a temperature is lost."""
+    for name in ("seed0", "seed1", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "agent.pt").touch()
+    bc = figure3_agents.parse_agent("BC, cold=seed*:agent@0.5", tmp_path / "x")
+    assert (bc.name, bc.stage, bc.temperature) == ("BC, cold", "agent", 0.5)
+    assert [path.name for path in bc.runs] == ["seed0", "seed1"]
+    for text in ("BC=none*:agent", "BC=seed*:imagine", "BC=seed*:agent@0", "BC=seed*"):
+        with pytest.raises(UserError, match="NAME=RUNS:STAGE"):
+            figure3_agents.parse_agent(text, tmp_path / "x")
+
+
+def test_tests_of_success_against_known_values():
+    """Fails if McNemar counts pairs that agree, Holm's correction is not monotone, or worlds
+    of several runs are pooled: gains of 4, 6, 2, 5, 3 of 20 have t = 5.657, p = 0.00481."""
+    a = np.array([1] * 9 + [0] * 1 + [1] * 5, bool)
+    b = np.array([0] * 9 + [1] * 1 + [1] * 5, bool)
+    assert abs(figure3_agents.mcnemar(a, b) - 2 * (1 + 10) / 2 ** 10) < 1e-12
+    assert figure3_agents.mcnemar(a, a) == 1.0
+    assert np.allclose(figure3_agents.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    plays, always = [], np.ones((20, 3))
+    for gain in (4, 6, 2, 5, 3):
+        less = np.where(np.arange(20)[:, None] < (gain, 0, 0), np.inf, always)
+        plays += [play.Episodes("BC", "", less), play.Episodes("imagination", "", always)]
+    for some, p in ((plays, 0.00481), (plays[2:4], 2 / 2 ** 6)):    # a run: McNemar, 6 to 0
+        rows = figure3_agents.significance(KeyEnv.spec, some, "imagination", "BC")
+        assert abs(rows[0].value - 2 * p) < 1e-4 and rows[1].value == 1.0
+
+
+def test_frechet_distance_in_closed_form():
+    """Fails if the root is of the wrong matrix: N(0, 1) and N(3, 4) in one axis, N(0, 1)
+    twice in the other, are 9 + (1 + 4 - 4) + 0 = 10 apart."""
+    frechet, x = figure8_sampling.frechet, np.random.default_rng(0).normal(size=(4000, 2))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    assert abs(frechet(x, x)) < 1e-6
+    assert abs(frechet(x, x * (2, 1) + (3, 0)) - 10) < 1e-6
+    turned = x * (2, 1) @ np.array([[0, 1], [-1, 0]])
+    assert abs(frechet(x * (2, 1), turned) - 2) < 1e-6              # (4 + 1) * 2 - 2 (2 + 2)
+
+
+def test_heads_are_judged_frame_by_frame(monkeypatch, keys):
+    """Fails if predictions are compared with another frame's or task's events, or precision
+    and recall are swapped. A stub head sees task 0 wherever the picture shows class 4."""
+    run, real = key_run(), Dream.commit
+
+    def commit(self, z, actions, labelled, task):
+        h = real(self, z, actions, labelled, task)
+        for k in (0, 1):
+            h[..., k] = (task == k) & (actions[..., 2] == 4) & labelled
+        return h
+
+    monkeypatch.setattr(Dream, "commit", commit)
+    run.agent.rewards = lambda h, task: torch.where(task == 0, h[..., 0], h[..., 1])
+    run.agent.continue_prob = lambda h: torch.full(h.shape[:2], 0.25)
+    rows = figure3_agents.evaluate_heads(run, keys, "fp32", chunk=7)
+    true = np.concatenate([keys.episode(i)["events"] for i in range(25)]) > 0
+    both, four, both_keys = true.all(1).sum(), {"task": "four"}, {"task": "both_keys"}
+    assert value_of(rows, "reward_recall", four) == 1
+    assert value_of(rows, "reward_precision", four) == 1
+    precision, recall = both / true.sum(0)
+    assert abs(value_of(rows, "reward_precision", both_keys) - precision) < 1e-9
+    assert abs(value_of(rows, "reward_recall", both_keys) - recall) < 1e-9
+    run.agent.rewards = lambda h, task: h[..., 0]               # the prompt is that task's
+    rows = figure3_agents.evaluate_heads(run, keys, "fp32")
+    assert value_of(rows, "reward_recall", four) == 1
+    assert value_of(rows, "reward_recall", both_keys) == 0
+    end = play.find(rows, "continue", {"at": "terminals"})
+    assert end.value == 0.25 and end.n == 9
+
+
+def test_imagined_successes_are_checked_in_the_simulator(monkeypatch, tmp_path):
+    """Fails if the simulator takes other actions than the dream, from another frame or
+    world, or counts another task. A stub policy plays 4, the first prompt's event, from the
+    third step on; a stub head says so in the dream alone; worlds 0 and 3 end at 12."""
+    run, real, count = key_run(), Dream.commit, iter(range(1000))
+
+    def commit(self, z, actions, labelled, task):
+        h = real(self, z, actions, labelled, task)
+        imagined = (actions[..., 2:] == 4) & (h.shape[1] == 1)
+        return torch.where(imagined, 1.0, h.clamp(max=0.4))
+
+    def act(h, generator):
+        return torch.tensor([0.0, 0.0, 4 if next(count) % 5 > 1 else 3]).repeat(len(h), 1)
+
+    monkeypatch.setattr(Dream, "commit", commit)
+    run.agent.act, run.agent.rewards = act, lambda h, task: h[..., 0] * (task == 0)
+    dataset = data.record(KEYS, tmp_path / "set", 6, 13, 0, workers=1)
+    rows = figure3_agents.evaluate_imagination(run, "BC", dataset, "fp32", per_episode=6)
+    asked = play.prompts_along(dataset).reshape(6, 13)[:, 2:8] == 0
+    by = {row.of["by"]: row.value for row in rows}
+    assert 0 < asked.mean() < 1
+    assert by == pytest.approx({"head in the dream": asked.mean(), "head in the game": 0,
+                                "game": asked.mean(), "of the dreamed ones, game": 1})
+    clips = play.reference_clips(dataset, 3, 8, CPU)                # control: as recorded
+    frames, events = rollouts.play_on(dataset, clips, 3, clips.actions)
+    recorded = dataset.read(clips.episode, clips.start, 8)["events"]
+    assert np.array_equal(frames, clips.frames[:, 3:])
+    assert np.array_equal(events, recorded[:, 3:])
+
+
+def test_branches_of_a_world_leave_it_as_it_is():
+    """Fails if a branch starts a step early or late, shares state, or goes on after the end
+    (seed 3 ends at 12)."""
+    spec, rng, env = KeyEnv.spec.actions, np.random.default_rng(0), KeyEnv()
+    recorded, other = spec.sample(rng, 10), spec.sample(rng, 9)
+    branches = [(3, recorded[4:]), (5, other), (3, other)]
+    (same, _), (late, events), (early, _) = rollouts.branch_off(KEYS, 3, recorded, branches)
+    env.reset(3)
+    assert np.array_equal(same, [env.step(action)[0] for action in recorded[1:]][3:])
+    assert (events[:7, 0] == (other[:7, 2] == 4)).all() and not events[7:].any()
+    assert (late[:7, 0, 1, 0] == other[:7, 2]).all()
+    assert late[:, 0, 1, 2].tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12]
+    assert early[:, 0, 1, 2].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, keys):
+    """Fails if a dream gets another episode's actions, or one of its own context or of a row
+    0, all start at an episode's first frame, or other frames are judged than named."""
+    follow = rollouts.actions_that_follow(keys, range(25), 100)
+    recorded = [keys.episode(i)["actions"][1:] for i in range(25)]
+    for j in (0, 23):
+        right = np.concatenate([recorded[(j + k) % 25] for k in range(1, 9)])[:100]
+        assert np.array_equal(follow[j], right)
+
+    starts, real, frames = [], rollouts.read_clips, iter(range(1, 200))
+    reader = SimpleNamespace(LEGAL=20, read=lambda x: (0, 0, x[:, :1, :1, 0] // 50 * 15.0))
+    for name, stub in {
+            "CONTEXT": 6, "reader_of": lambda dataset: reader,
+            "read_clips": lambda *rest: starts.extend(rest[2]) or real(*rest)}.items():
+        monkeypatch.setattr(rollouts, name, stub)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, z, cache: torch.full(
+        (*z.shape[:2], 72, 72, 3), next(frames), dtype=torch.uint8))
+    rows = rollouts.evaluate_long(key_run(), keys, length=100, dtype="fp32")
+    for frame, legal in ((50, 1), (100, 0)):
+        assert value_of(rows, "legal_cells", {"frame": frame}) == legal
+        assert abs(value_of(rows, "brightness", {"frame": frame}) - frame / 255) < 1e-6
+    assert len(starts) == 25 and len(set(starts)) > 10 and starts[0] == 0
+
+
+def test_rollouts_include_the_simulator(keys):
+    """Fails if its frames are not those of the dream's worlds, or it is left out."""
+    rows = rollouts.evaluate_rollouts(key_run(), keys, "fp32", horizon=4)
+    psnr = {row.of["film"]: row.value for row in rows
+            if row.name == "psnr" and row.of["horizon"] == 4}
+    assert set(psnr) == {"dream", "shuffled", "copy", "reconstruction", "simulator"}
+    assert psnr["simulator"] > psnr["shuffled"] + 10
+
+
+def test_interactions_are_judged_by_their_outcome(monkeypatch, tmp_path):
+    """Fails if the real outcome does not pass, or the last frame shown passes for it."""
+    crafter.record_interactions(tmp_path / "set", each=1, worlds=2)
+    dataset = figure5_interactions.interaction_set(tmp_path / "set")
+    kinds = set(dataset.settings["kinds"])
+    assert len(kinds) >= 6 and "walk_left" in kinds
+    run = SimpleNamespace(device=CPU, dynamics=SimpleNamespace(cfg=DynamicsConfig()))
+    monkeypatch.setattr(figure5_interactions, "encode", lambda run, clips: clips.frames)
+    stays = {"stopped_by_water", "look_away_and_back", "mean of all kinds"}
+    for still in (False, True):
+        def dreamed(run, real, horizon, sampler, still=still):
+            frozen = real[:, -horizon - 1:-horizon].expand(-1, horizon, -1, -1, -1)
+            return torch.cat([real[:, :-horizon], frozen], 1) if still else real
+
+        monkeypatch.setattr(figure5_interactions, "dream_clips", dreamed)
+        rows, pictures = figure5_interactions.evaluate_interactions(run, dataset, "fp32")
+        assert set(pictures) == kinds and len(rows) == len(kinds) + 1
+        assert all(row.value == 1 - still for row in rows if row.of["kind"] not in stays)
+
+
+def test_label_shares_lie_between_none_and_all(monkeypatch):
+    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; if "none" is
+    told actions; or if caves are other frames than those that are not above ground."""
+    shown, told = {"none": 90, "half": 120, "all": 150}, {}
+    frames = torch.full((8, 32, 16, 16, 3), 160, dtype=torch.uint8)
+    frames[:4] += 5
+    clips = play.Clips(frames, None, torch.ones(8, 32, dtype=torch.bool), None, None)
+
+    def dreamed(run, clips, horizon):
+        told[run.stage] = clips.labelled.all().item()
+        return torch.full_like(frames, shown[run.stage])
+
+    above = np.repeat([[1], [0]], 4, 0) * np.ones((1, 32), int)
+    for name, stub in {
+            "dream_clips": dreamed, "reference_clips": lambda *rest: clips,
+            "encode": lambda run, clips: clips,
+            "read_probes": lambda *rest: {"probe_above": above},
+            "bootstrap": lambda f, *samples: (float(f(*samples)), None, None)}.items():
+        monkeypatch.setattr(figure7_labels, name, stub)
+    runs = {name: SimpleNamespace(stage=name, device=CPU) for name in shown}
+    rows = figure7_labels.evaluate_labels(runs, None, "fp32")
+    assert told == {"none": False, "half": True, "all": True}
+    psnr = {name: -10 * np.log10(np.mean([(v - 165) ** 2, (v - 160) ** 2]) / 255 ** 2)
+            for name, v in shown.items()}
+    share = (psnr["half"] - psnr["none"]) / (psnr["all"] - psnr["none"])
+    half = {"labelled": "half", "measure": "PSNR"}
+    assert abs(value_of(rows, "share_of_gap", half) - share) < 1e-5
+    caves = play.find(rows, "quality", {"labelled": "all", "measure": "PSNR in caves"})
+    assert abs(caves.value + 20 * np.log10(10 / 255)) < 1e-5 and caves.n == 4 * 16
+
+
+def test_free_dreams_start_from_nothing():
+    """Fails if the first frame has an action or a past, the policy does not act after it, or
+    two dreams of one seed differ."""
+    films = []
+    for seed in (0, 1, 0):                              # of the policy
+        dream = Dream(key_run().dynamics, torch.Generator().manual_seed(0))
+        films.append(figure8_sampling.dream_from_nothing(dream, key_run(seed), 3, 6))
+    assert films[0].shape == (3, 6, 2, 6) and torch.equal(films[0][:, 0], films[1][:, 0])
+    assert not torch.equal(films[0], films[1]) and torch.equal(films[0], films[2])
+
+
+def test_distances_of_videos_are_of_equal_samples(keys, monkeypatch):
+    """Fails if dreams are compared with more real windows than real ones are, or with other
+    ones: drawn alike they'd be closer to them than real play is to itself; or if a feature
+    that never varies makes the distance nan."""
+    rng, real, calls = np.random.default_rng(0), figure8_sampling.frechet, []
+    basis = rng.normal(size=(64, 256))              # all that the 64 components can hold
+    basis[:, 3] = 0
+    for name, stub in {
+            "LENGTH": 2, "frechet": lambda a, b: calls.append((a, b)) or real(a, b),
+            "random_features": lambda x: rng.normal(size=(len(x), 64)) @ basis}.items():
+        monkeypatch.setattr(figure8_sampling, name, stub)
+    rows = figure8_sampling.evaluate_sampling({"x": key_run()}, key_run(), keys, n=400,
+                                              dtype="fp32", ks=(4, 16))
+    half, other = calls[0]
+    assert all(np.array_equal(a, half) for a, _ in calls)
+    assert 300 < len(half) < 500 and len(half) + len(other) == 800
+    distances = [row.value for row in rows if row.name == "frechet"]
+    assert np.ptp(distances) < 0.12 * distances[0]
+    ratio = play.find(rows, "K = 4 over K = 16", {"video": "x"})
+    assert ratio.low < ratio.value < ratio.high
+    assert abs(ratio.value - distances[2] / distances[3]) < 1e-9
+
+
+def test_bench_runs(monkeypatch):
+    """Fails if shapes of the benchmark don't fit together; each step is made once, of small
+    nets. Speeds are printed, never judged."""
+    def once(step, repeats, device):
+        step()
+        return 1e-3
+
+    small = {name: replace(cfg, dim=16) for name, cfg in bench.TOKENIZERS.items()}
+    real = bench.new_dynamics
+    for name, stub in {"compile_module": lambda *_: None, "TOKENIZERS": small, "seconds": once,
+                       "matmul_peak": lambda *_: 1e9,
+                       "new_dynamics": lambda device, *_: real(device, 16, 2)}.items():
+        monkeypatch.setattr(bench, name, stub)
+    rows = bench.bench(CPU, "fp32", key_run())
+    assert len({str(row.of) for row in rows}) == len(rows) > 30
+    assert all(row.value > 0 for row in rows)
+
+
+def test_presets_of_minecraft_on_the_meta_device():
+    """Fails if a preset can't be built, has not the paper's sizes, or needs more than 80 GB
+    by the formula (`minecraft`)."""
+    found = {(row.of["model"], row.of["size"]): row.value
+             for preset in ("paper", "minecraft") for row in bench.sizes(preset)}
+    for model, parameters in (("tokenizer", 400e6), ("dynamics", 1.6e9)):
+        assert abs(found[f"paper, {model}", "parameters"] / parameters - 1) < 0.05
+        assert 10 < found[f"minecraft, {model}", "memory of a step, GB"] < 70
+    assert found["paper, tokenizer", "tokens a frame"] == 960 + 512
+    assert found["paper, dynamics", "tokens a frame"] == 1 + 1 + 256 + 32 + 1
+
+
+@pytest.mark.parametrize("sizes", [(128, 8, 2, 24, 40), (128, 2, 2, 64, 8)])
+def test_activation_memory_agrees_with_the_formula(sizes):
+    """Fails if the formula is off by more than an eighth from what autograd keeps."""
+    dim, heads, kv_heads, S, T = sizes
+    cfg = SimpleNamespace(dim=dim, heads=heads, kv_heads=kv_heads, context=T + 1)
+    model = Transformer(cfg, layers=4, time_every=4)
+    weights, kept, tensors = {p.data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(x):
+        copy = x.ndim == 2 and x.dtype == torch.bfloat16 and 2 * T * S not in x.shape
+        if x.data_ptr() not in weights and not copy:    # bf16 weights are in STATE_BYTES
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            tensors.append(x)                           # so that no address is used twice
+        return x
+
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+          torch.autocast("cpu", torch.bfloat16)):
+        model(torch.randn(2, T, S, dim, requires_grad=True), torch.ones(S, S).bool())
+    formula = bench.transformer_costs(model, S, T)[1]
+    assert abs(sum(kept.values()) / (2 * T) / formula - 1) < 0.125
+
+
+def test_tables_are_written_from_the_rows(tmp_path, monkeypatch):
+    """Fails if --check misses a stale table, --write leaves one or changes the text around
+    it, or a measured row does not take the place of the one carried over."""
+    def tables(flag):
+        monkeypatch.setattr(sys, "argv", ["results.py", flag])
+        results.main()
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "paper").mkdir()
+    for name in results.READMES:
+        (tmp_path / name).write_text("a\n<!-- table figure8 --><!-- end -->\nb\n")
+    readme, of = tmp_path / "README.md", {"video": "forcing", "K": 4}
+    row = play.Result("frechet", 15.5, None, None, 8, "", of)
+    for step, text in enumerate(("`python -m paper.figure8_sampling`", "15.5†", "16.5 |")):
+        if step == 1:
+            results.write_rows("figure8_sampling", [row._asdict() | {"source": "README"}])
+        if step == 2:
+            results.save("figure8_sampling", [row._replace(value=16.5)], seeds=[3])
+        with pytest.raises(SystemExit):
+            tables("--check")
+        assert text not in readme.read_text()
+        tables("--write")
+        tables("--check")
+        assert text in readme.read_text() and ("†" in readme.read_text()) == (step == 1)
+    assert readme.read_text() == (
+        "a\n<!-- table figure8 -->\n| video | K 4 |\n| --- | --- |\n| forcing | 16.5 |\n"
+        "<!-- end -->\nb\n")
+    assert results.load("figure8_sampling")[0].seeds == [3]
+
+
+def test_every_table_can_be_made():
+    """Fails if the results in this repository don't fit the tables."""
+    assert all("|" in write() or "not yet" in write() for write in results.TABLES.values())
