@@ -369,7 +369,7 @@ def introduce(job, start, parameters):
 def check_finite(job, step, total, norm):
     """UserError where training diverges; in fp16 the scaler sees to the gradients."""
     if not torch.isfinite(total) or not (job.args.dtype == "fp16" or torch.isfinite(norm)):
-        raise UserError(f"Got a loss of {float(total)}, gradient norm {float(norm)} at "
+        raise UserError(f"Got a loss of {total.item()}, gradient norm {float(norm)} at "
                         f"step {step} of {job.stage} (seed {job.args.seed}); the last "
                         f"checkpoint is kept: --stage {job.stage} --replay {step} shows "
                         "more, or lower --train.lr_matrix and --train.lr.")
@@ -617,10 +617,10 @@ class Recordings:
     """What the stages after the tokenizer read: recorded play, with latents for frames.
     known (frames,) bool: whose action may be seen (Section 4.4, unlabelled video); prompts
     (frames,): the task that windows from anywhere have at their end."""
+    latents = prompts = None
 
-    def __init__(self, job, tokenizer):
+    def __init__(self, job):
         self.data, self.spec = job.dataset, job.dataset.spec
-        self.latents, self.prompts = open_latents(job, tokenizer), None
         episodes, probe = len(self.data.lengths), job.data.labels_probe
         self.first = round(job.data.labels * episodes)          # these have known actions
         self.known = np.arange(self.data.frames_total) < self.data.offsets[self.first]
@@ -643,8 +643,8 @@ class Recordings:
         """(rows, Windows) each. Where a part of the training episodes is labelled, half of
         the windows are from there, or actions would be seldom seen."""
         labelled = Windows(length, first=self.first)
-        partly = self.first < len(self.data.lengths) and len(self.data.long_enough(labelled))
-        some = n // 2 if partly else 0
+        partly = self.first < len(self.data.lengths)
+        some = n // 2 if partly and len(self.data.long_enough(labelled)) else 0
         return [(n - some, Windows(length)), (some, labelled)]
 
     def with_event(self, n, length, prompt_order=0.0, ahead=None):
@@ -794,7 +794,8 @@ def frame_weight(tau, cfg):
 def train_dynamics(job):
     """Section 3.2: shortcut forcing on the frozen tokenizer's latents."""
     run = open_stage(job, "tokenizer")
-    recordings, tok = Recordings(job, run.tokenizer), run.tokenizer.cfg
+    recordings, tok = Recordings(job), run.tokenizer.cfg
+    recordings.latents = open_latents(job, run.tokenizer)
     job.configs["dynamics"] |= {"tokens": tok.latents // tok.pack, "channels":
                                 tok.channels * tok.pack, "tasks": len(run.spec.tasks)}
     cfg = DynamicsConfig(**job.configs["dynamics"])
@@ -820,10 +821,11 @@ def train_agent(job):
     """Section 3.3, Eq. 9: agent token and heads; the dynamics go on learning beside
     them."""
     run = open_stage(job, "dynamics")
-    recordings, dynamics, spec = Recordings(job, run.tokenizer), run.dynamics, run.spec
+    recordings, dynamics, spec = Recordings(job), run.dynamics, run.spec
     if not recordings.any_labelled():
         raise UserError(f"Got {job.dataset.path} without labelled frames, need actions for "
                         "the policy: add some (--data.labels), or stop after the dynamics.")
+    recordings.latents = open_latents(job, run.tokenizer)
     cfg, dyn = AgentConfig(**job.configs["agent"]), dynamics.cfg
     dynamics.requires_grad_(True)
     if not cfg.pretrained:
@@ -871,7 +873,8 @@ def train_imagine(job):
     if cfg.k > run.dynamics.cfg.k_max:
         raise UserError(f"Got agent.k {cfg.k}, need at most the dynamics' k_max, "
                         f"{run.dynamics.cfg.k_max}.")
-    recordings, agent, train = Recordings(job, run.tokenizer), run.agent, job.train
+    recordings, agent, train = Recordings(job), run.agent, job.train
+    recordings.latents = open_latents(job, run.tokenizer)
     agent.cfg = cfg
     agent.policy.requires_grad_(True)
     agent.value.requires_grad_(True)

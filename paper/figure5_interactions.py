@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from agent import autocast, load_run, pick_device
 from data import Dataset, UserError, run_cli
@@ -95,7 +96,9 @@ def main():
         axis.imshow(picture)
         axis.set_title(kind, fontsize=8, loc="left", pad=2)
         axis.axis("off")
-    figure.savefig(results.ROOT / "paper" / "figure5_interactions.png", dpi=60)
+    path = results.ROOT / "paper" / "figure5_interactions.png"
+    figure.savefig(path, dpi=60)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ bring; those of the Overworld alone 76 % in Nether and End. Here: dynamics on on
 that know the actions of 0, 1, 4, 10 or 100 % of the episodes, or of all frames above
 ground, judged in caves as well; dreams of 16 frames after 16 true ones.
 
-    python -m paper.figure7_labels --base crafter                               # six stages
-    python -m paper.figure7_labels --base crafter --train.dynamics_steps 400    # shorter
+    python -m paper.figure7_labels --run runs/crafter
+    python -m paper.figure7_labels --run runs/crafter --train.dynamics_steps 400  # shorter
 
-Further flags go to train.py. --base: the run whose tokenizer all share.
+All share the run's tokenizer; further flags go to train.py.
 """
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ HORIZON = 16
 
 def psnr(error, frames, axis=0):
     """From sums of squared errors and counts of frames, by episode."""
-    return -10 * np.log10(ratio(error, frames, axis))
+    return -10 * np.log10(np.maximum(ratio(error, frames, axis), 1e-9))
 
 
 def share_of_gap(statistic, none, some, full, frames, axis=0):
@@ -82,11 +83,9 @@ def evaluate_labels(runs, dataset, dtype="auto", per_episode=CLIPS):
 
 
 def main():
-    parser = results.make_parser(__doc__)
-    parser.add_argument("--base", default="crafter", help="run that has the tokenizer")
-    args, flags = parser.parse_known_args()
-    device, runs = pick_device(args.device), {}
-    common = ["--base", args.base, "--train.event_rows", "0", "--train.pure_noise", "0"]
+    args, flags = results.make_parser(__doc__).parse_known_args()
+    device, base, runs = pick_device(args.device), Path(args.run).name, {}
+    common = ["--base", base, "--train.event_rows", "0", "--train.pure_noise", "0"]
     for name, (field, value) in LABELLED.items():
         run = "labels_" + name.removesuffix(" %").replace(" ", "_")
         folder = results.trained(run, "dynamics", *common, f"--data.{field}", value, *flags)

@@ -59,8 +59,8 @@ def key_run(seed=0):
     spec, sizes = KeyEnv.spec, dict(dim=16, layers=3, heads=4, kv_heads=2)
     tokenizer = Tokenizer(TokenizerConfig(height=8, width=12, patch=4, cell=2, latents=4,
                                           channels=3, pack=2, context=3, **sizes))
-    dynamics = Dynamics(DynamicsConfig(tokens=2, channels=6, tasks=2, registers=1, context=4,
-                                       time_every=3, **sizes), spec.actions)
+    cfg = DynamicsConfig(tokens=2, channels=6, tasks=2, context=4, time_every=3, **sizes)
+    dynamics = Dynamics(cfg, spec.actions)
     agent = Agent(AgentConfig(hidden=16, context=3, horizon=5), 16, spec.actions, 2)
     for module, start in ((tokenizer, 0), (dynamics, 0), (agent, seed)):
         generator = torch.Generator().manual_seed(start)
@@ -76,20 +76,19 @@ def value_of(rows, name, of):
 
 def test_agents_are_data_on_the_command_line(tmp_path):
     """Fails if a pattern takes runs without that stage, or a temperature is lost."""
-    for name in ("seed0", "seed1", "other"):
+    for name in ("seed0", "seed1"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "agent.pt").touch()
+    (tmp_path / "seed1" / "agent.pt").touch()
     bc = figure3_agents.parse_agent("BC, cold=seed*:agent@0.5", tmp_path / "x")
-    assert (bc.name, bc.stage, bc.temperature) == ("BC, cold", "agent", 0.5)
-    assert [path.name for path in bc.runs] == ["seed0", "seed1"]
-    for text in ("BC=none*:agent", "BC=seed*:imagine", "BC=seed*:agent@0", "BC=seed*"):
+    assert bc == ("BC, cold", [tmp_path / "seed1"], "agent", 0.5)
+    for text in ("BC=seed0:agent", "BC=seed1:imagine", "BC=seed1:agent@0", "BC=seed1"):
         with pytest.raises(UserError, match="NAME=RUNS:STAGE"):
             figure3_agents.parse_agent(text, tmp_path / "x")
 
 
 def test_tests_of_success_against_known_values():
-    """Fails if McNemar counts pairs that agree, Holm's correction is not monotone, or worlds
-    of several runs are pooled: gains of 4, 6, 2, 5, 3 of 20 have t = 5.657, p = 0.00481."""
+    """Fails if McNemar counts pairs that agree, Holm's correction is not monotone, or
+    worlds of runs are pooled: gains of 4, 6, 2, 5, 3 of 20 have t = 5.657, p = 0.00481."""
     a = np.array([1] * 9 + [0] * 1 + [1] * 5, bool)
     b = np.array([0] * 9 + [1] * 1 + [1] * 5, bool)
     assert abs(figure3_agents.mcnemar(a, b) - 2 * (1 + 10) / 2 ** 10) < 1e-12
@@ -112,7 +111,7 @@ def test_frechet_distance_in_closed_form():
     assert abs(frechet(x, x)) < 1e-6
     assert abs(frechet(x, x * (2, 1) + (3, 0)) - 10) < 1e-6
     turned = x * (2, 1) @ np.array([[0, 1], [-1, 0]])
-    assert abs(frechet(x * (2, 1), turned) - 2) < 1e-6              # (4 + 1) * 2 - 2 (2 + 2)
+    assert abs(frechet(x * (2, 1), turned) - 2) < 1e-6          # (4 + 1) * 2 - 2 (2 + 2)
 
 
 def test_heads_are_judged_frame_by_frame(monkeypatch, keys):
@@ -191,8 +190,8 @@ def test_branches_of_a_world_leave_it_as_it_is():
 
 
 def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, keys):
-    """Fails if a dream gets another episode's actions, or one of its own context or of a row
-    0, all start at an episode's first frame, or other frames are judged than named."""
+    """Fails if a dream gets another episode's actions, or one of its own context or of a
+    row 0, all start at an episode's first frame, or other frames are judged than named."""
     follow = rollouts.actions_that_follow(keys, range(25), 100)
     recorded = [keys.episode(i)["actions"][1:] for i in range(25)]
     for j in (0, 23):
@@ -212,15 +211,6 @@ def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, keys):
         assert value_of(rows, "legal_cells", {"frame": frame}) == legal
         assert abs(value_of(rows, "brightness", {"frame": frame}) - frame / 255) < 1e-6
     assert len(starts) == 25 and len(set(starts)) > 10 and starts[0] == 0
-
-
-def test_rollouts_include_the_simulator(keys):
-    """Fails if its frames are not those of the dream's worlds, or it is left out."""
-    rows = rollouts.evaluate_rollouts(key_run(), keys, "fp32", horizon=4)
-    psnr = {row.of["film"]: row.value for row in rows
-            if row.name == "psnr" and row.of["horizon"] == 4}
-    assert set(psnr) == {"dream", "shuffled", "copy", "reconstruction", "simulator"}
-    assert psnr["simulator"] > psnr["shuffled"] + 10
 
 
 def test_interactions_are_judged_by_their_outcome(monkeypatch, tmp_path):
@@ -244,8 +234,8 @@ def test_interactions_are_judged_by_their_outcome(monkeypatch, tmp_path):
 
 
 def test_label_shares_lie_between_none_and_all(monkeypatch):
-    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; if "none" is
-    told actions; or if caves are other frames than those that are not above ground."""
+    """Fails if the share is of the wrong gap: as good as none is 0, as all is 1; if "none"
+    is told actions; or if caves are other frames than those not above ground."""
     shown, told = {"none": 90, "half": 120, "all": 150}, {}
     frames = torch.full((8, 32, 16, 16, 3), 160, dtype=torch.uint8)
     frames[:4] += 5
@@ -275,8 +265,8 @@ def test_label_shares_lie_between_none_and_all(monkeypatch):
 
 
 def test_free_dreams_start_from_nothing():
-    """Fails if the first frame has an action or a past, the policy does not act after it, or
-    two dreams of one seed differ."""
+    """Fails if the first frame has an action or a past, the policy does not act after it,
+    or two dreams of one seed differ."""
     films = []
     for seed in (0, 1, 0):                              # of the policy
         dream = Dream(key_run().dynamics, torch.Generator().manual_seed(0))
@@ -317,9 +307,10 @@ def test_bench_runs(monkeypatch):
 
     small = {name: replace(cfg, dim=16) for name, cfg in bench.TOKENIZERS.items()}
     real = bench.new_dynamics
-    for name, stub in {"compile_module": lambda *_: None, "TOKENIZERS": small, "seconds": once,
-                       "matmul_peak": lambda *_: 1e9,
-                       "new_dynamics": lambda device, *_: real(device, 16, 2)}.items():
+    for name, stub in {
+            "compile_module": lambda *_: None, "TOKENIZERS": small, "seconds": once,
+            "matmul_peak": lambda *_: 1e9,
+            "new_dynamics": lambda device, *_: real(device, 16, 2)}.items():
         monkeypatch.setattr(bench, name, stub)
     rows = bench.bench(CPU, "fp32", key_run())
     assert len({str(row.of) for row in rows}) == len(rows) > 30
