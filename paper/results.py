@@ -1,4 +1,4 @@
-"""Results: rows in paper/results/*.json, and the tables of both READMEs, made from them.
+"""Results: rows in paper/results/*.json, tables and a picture of the READMEs made of them.
 
 A row is a play.Result (name, value, low, high, n, unit, of, command) and how it came about:
 commit, machine, date, seeds. "source" tells where a number was carried over from, if this
@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +27,13 @@ from types import SimpleNamespace
 import torch
 
 from agent import load_run
-from data import UserError, read_json, run_cli, write_whole
-from play import find, markdown_table, new_figure
+from data import UserError, make_env, read_json, run_cli, write_whole
+from play import Result, find, markdown_table, new_figure, picture_agents
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "paper/README.md")
 DAGGER = "†"
-FOOTNOTE = f"{DAGGER} Measured with an earlier version of this code, and not yet again."
+FOOTNOTE = f"{DAGGER} Measured by an earlier version of this code."
 
 
 def machine():
@@ -202,7 +203,7 @@ def hardware_table():
     """Hardware, minutes of the one command, what it gives."""
     lines = []
     for preset, file in (("cpu", "default"), ("cpu_long", "cpu_long"), ("gpu", "gpu")):
-        rows, line = load(file), ["", "not yet measured by this code", "", ""]
+        rows, line = load(file), ["not run", "", "", ""]
         if total := find(rows, "wall_minutes", {"part": "total"}):
             line = [total.machine, show(total)]
             line += [show(find(rows, "achievements", {"agent": agent}))
@@ -272,6 +273,16 @@ def write_tables(path, check=False):
     return differed
 
 
+def front_picture():
+    """assets/agents.png: success of four agents, by achievement."""
+    four = ("random", "BC", "imagination", "player")
+    rows = [Result(*(getattr(row, field) for field in Result._fields))
+            for row in load("agents") if row.of.get("agent") in four]
+    measured = tuple(dict.fromkeys(row.of["task"] for row in rows if row.name == "success"))
+    spec = replace(make_env("crafter").spec, achievements=measured)
+    picture_agents(ROOT / "assets" / "agents.png", spec, rows, "success")
+
+
 def main():
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
@@ -286,6 +297,8 @@ def main():
     for name, tables in differed.items():
         verb = "differs" if args.check else "is new"
         print(f"{name}: {', '.join(tables) or 'nothing'} {verb}")
+    if args.write:
+        front_picture()
     if args.check and any(differed.values()):
         raise SystemExit("Run 'python -m paper.results --write'.")
 
