@@ -25,32 +25,32 @@ from data import EnvSpec, UserError, check_config, write_whole
 from dynamics import Dream, Dynamics, DynamicsConfig
 from tokenizer import Tokenizer, TokenizerConfig
 
-MTP = 8                     # L = 8: the heads predict distances 0 .. L
+MTP = 8                     # L of Eq. 9: the heads predict distances 0 .. L
 BINS = 255                  # of the symexp two-hot heads
-LAMBDA = 0.95               # 0.95, of Eq. 10
-PMPO_ALPHA = 0.5            # 0.5, of Eq. 11
-RELEVANT = 0.5              # 0.5: share of rows that show a task being done, to be cloned
+LAMBDA = 0.95               # of Eq. 10
+PMPO_ALPHA = 0.5            # of Eq. 11
+RELEVANT = 0.5              # share of rows that show a task being done
 TERMINAL_WEIGHT = 20.0      # of the rare class in the continue head's loss
 
 
 @dataclass
 class AgentConfig:
-    """Heads, cloning and imagination; the paper's values in the comments."""
+    """Heads, cloning and imagination; the paper's values in brackets."""
     hidden: int = 256
     prompt_order: float = 0.0   # share of the cloned rows whose task is one of the prompts
-    bc_level: str = "context"   # signal level of cloned rows: "context" | "uniform" (paper)
-    bc_weight: float = 4.0      # 1: of the BC loss among the losses of the agent stage
+    bc_level: str = "context"   # signal level of cloned rows: "context" | "uniform" (that)
+    bc_weight: float = 4.0      # of the BC loss among those of the agent stage (1)
     prompts: bool = True        # False: the policy isn't told its task (control)
     pretrained: bool = True     # False: BC from scratch, on the latents alone (control)
-    practice: str = "prompt_order"  # tasks of imagination: "prompt_order" | "all" (paper)
+    practice: str = "prompt_order"  # tasks of imagination: "prompt_order" | "all" (that)
     context: int = 8            # data frames before an imagined rollout
-    horizon: int = 12           # 15 (ours: the paper gives none)
+    horizon: int = 12           # imagined frames; the paper gives none
     temperature: float = 1.0    # of the BC policy that imagination starts from
-    k: int = 1                  # sampling steps of a frame; 0: as the dynamics (paper)
+    k: int = 1                  # sampling steps of a frame; 0: as the dynamics (that)
     step_label: str = "min"     # step size told to the network in these: "own" | "min"
     end_on_event: bool = True   # a return ends with its task's event, as a prompt does
-    gamma: float = 0.95         # 0.997
-    pmpo_beta: float = 0.3      # 0.3
+    gamma: float = 0.95         # discount (0.997)
+    pmpo_beta: float = 0.3      # pull towards BC (0.3)
 
     def __post_init__(self):
         check_config("agent", self, zero=("k",), shares=("prompt_order", "gamma"))
@@ -207,7 +207,7 @@ class Agent(nn.Module):
 # ---------------------------------------------------------------------------- equation 9
 
 def targets_ahead(x, first, L):
-    """x (B, T, ...) -> x[:, t + first + n] for n = 0 .. L as (B, T, L + 1, ...), and valid
+    """Eq. 9: x (B, T, ...) -> x[:, t + first + n], n = 0 .. L, (B, T, L + 1, ...), and valid
     (B, T, L + 1), False where that lies past the end of the window."""
     T = x.shape[1]
     t, n = torch.arange(T, device=x.device), torch.arange(L + 1, device=x.device)
@@ -220,8 +220,8 @@ def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
     """Eq. 9 (Section 3.3): - sum_n ln p(a[t + 1 + n] | h_t) - sum_n ln p(r[t + n] | h_t).
 
     n = 0 .. L. All (B, T, L + 1), from targets_ahead with first = 1 and 0; averaged over
-    the valid entries. (Print: a[t + n]. Our h_t has seen a_t, so that would be copying.)
-    Returns the two terms.
+    the valid entries. (The paper prints a[t + n]; as our h_t has seen a_t, that would be
+    copying.) Returns the two terms.
     """
     def mean(x, valid):
         return -(x * valid).sum() / valid.sum().clamp_min(1)
@@ -268,9 +268,8 @@ def lambda_returns(rewards, continues, values, gamma, lam):
     """Eq. 10 (Section 3.3), left: all (B, T + 1), rewards[:, t] came on reaching state t.
 
     R[t] = r[t+1] + gamma c[t+1] ((1 - lam) v[t+1] + lam R[t+1]),  R[T] = v[T].
-    (Print: r_t and v_t, which would bootstrap a value from itself.) rewards[:, 0] and
-    continues[:, 0] are not used. Example: r = (., 1, 2, 3), see the test.
-    Returns (B, T + 1).
+    (The paper prints r_t and v_t: a value learned from itself.) rewards[:, 0] and
+    continues[:, 0] are not used. Returns (B, T + 1).
     """
     returns = [values[:, -1]]
     for t in range(values.shape[1] - 2, -1, -1):
@@ -331,7 +330,7 @@ def imagine_rollout(dream, agent, batch, horizon):
 def imagination_losses(agent, h, actions, task):
     """Losses of policy and value head on a Rollout's h and actions under the prompt task
     (B,). The advantage R[t] - v[t] scores the action taken at h[:, t], t < T; what comes
-    after the prompt's end, or the player's, teaches nothing."""
+    after the prompt's event, or after death, teaches nothing."""
     cfg = agent.cfg
     with torch.no_grad():
         values, continues = agent.values(h), agent.continue_prob(h)

@@ -1,14 +1,14 @@
-"""Interactive dynamics (Dreamer 4, Section 3.2): predicts the clean latents of the next
-frame.
+"""Interactive dynamics (Dreamer 4, Section 3.2): predicts the next frame's clean latents.
 
 Eq. 2  euler_sample        K steps from noise to a frame
 Eq. 4  sample_tau_d        step sizes and signal levels on the grid, for each frame
 Eq. 6  corrupt, x_prediction   z_tilde = (1 - tau) z0 + tau z1, and the network predicts z1
-Eq. 7  shortcut_loss       flow loss at d_min (Eq. 1), bootstrap loss above it (Eq. 3)
+Eq. 7  shortcut_target     what is predicted at d_min (Eq. 1), and above it (Eq. 3)
+       shortcut_loss       the squared error
 Eq. 8  ramp_weight
 
 Dynamics is the network, dynamics_losses a training step's losses, Dream the world to act
-in. Who trains it decides the levels (sample_tau_d, show_as_context, pure_noise); the loss
+in. train.py decides the levels (sample_tau_d, pure_noise, show_as_context), the loss
 computes. Departures from the paper: README, "Departures".
 """
 
@@ -23,31 +23,33 @@ from torch import nn
 from data import UserError, check_config
 from tokenizer import Cache, Transformer, check_transformer, reader_mask
 
-TAU_CTX = 0.9       # signal level of committed frames; printed as 0.1, read as 10 % noise
+TAU_CTX = 0.9       # signal level of committed frames; the paper's 0.1, read as noise
 
 
 @dataclass
 class DynamicsConfig:
-    """Sizes and settings of the dynamics; the paper's values in the comments."""
-    tokens: int = 9             # 256 spatial tokens, from the tokenizer
-    channels: int = 64          # 32 channels each, from the tokenizer
-    tasks: int = 22             # 20, from the dataset
+    """Sizes and settings of the dynamics; the paper's values in brackets."""
+    tokens: int = 9             # latents of a frame, from the tokenizer (256)
+    channels: int = 64          # of each, from the tokenizer (32)
+    tasks: int = 22             # from the dataset (20)
     dim: int = 256
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     registers: int = 2
-    context: int = 32           # 192 frames
-    time_every: int = 2         # 4
+    context: int = 32           # frames that a time layer sees (192)
+    time_every: int = 2         # one layer in so many is a time layer (4)
     dense: bool = False         # True: attention over all tokens of all frames (ablation)
-    k_max: int = 16             # finest step: d_min = 1 / k_max
-    k: int = 4                  # 4 sampling steps for a frame
-    step_label: str = "own"     # step size told to the network: "own", 1/k | "min", d_min
-    p_boot: float = 0.25        # 1: share of rows with bootstrap; 0: diffusion forcing
-    prediction: str = "x"       # "x": clean latents; "v": velocity (ablation)
-    loss_space: str = "x"       # "x" | "v" (ablation)
+    k_max: int = 16             # sets the finest step, d_min = 1 / k_max
+    k: int = 4                  # sampling steps of a frame (4)
+    step_label: str = "own"     # step size that the network is told while it samples: "own"
+                                # is the one taken, 1 / k; "min" is d_min, which knows best
+                                # what follows from a context
+    p_boot: float = 0.25        # share of rows with bootstrap (1); 0: diffusion forcing
+    prediction: str = "x"       # the network predicts "x", clean latents, or "v", velocity
+    loss_space: str = "x"       # the loss compares "x" or "v"
     ramp: bool = True           # Eq. 8
-    single_images: float = 0.1  # 0.3: share of rows trained as separate images
+    single_images: float = 0.1  # share of rows trained as separate images (0.3)
 
     def __post_init__(self):
         check_config("dynamics", self, zero=("tasks", "registers"),
@@ -95,9 +97,9 @@ class Batch(NamedTuple):
 def sample_tau_d(B, T, k_max, n_boot, generator=None):
     """Eq. 4 (Section 3.2): d ~ 1 / U({1, 2, 4, ..., k_max}), tau ~ U({0, d, ..., 1 - d}).
 
-    Returns tau, d (B, T), drawn for each frame (diffusion forcing), on the generator's
-    device. The print has 1/d where the grid needs d. The first n_boot rows draw d so, the
-    others have d = d_min throughout.
+    Returns tau, d (B, T), sampled for each frame (diffusion forcing), on the generator's
+    device. (The paper prints 1/d, where the grid needs d.) The first n_boot rows sample d
+    so, the others have d = d_min throughout. Another noise schedule: another u in [0, 1).
     """
     device = generator.device if generator else "cpu"
     levels = int(math.log2(k_max))
@@ -143,7 +145,8 @@ def shortcut_target(f, z_tilde, z1, tau, d, d_min):
     """Eq. 7 (Section 3.2), its target for z1_hat (B, T, S, Z).
 
     d = d_min:  z1
-    d > d_min:  z_tilde + (1 - tau) stopgrad(b1 + b2) / 2, the end of two half steps, with
+    d > d_min:  z_tilde + (1 - tau) stopgrad(b1 + b2) / 2, the clean latents that the mean
+                velocity of two half steps points to, with
                 b1 = (f(z_tilde, tau, d/2) - z_tilde) / (1 - tau),   z' = z_tilde + b1 d/2,
                 b2 = (f(z', tau + d/2, d/2) - z') / (1 - (tau + d/2))
     f(z, tau, d) predicts clean latents. All coarse frames of a clip advance together,
@@ -152,12 +155,14 @@ def shortcut_target(f, z_tilde, z1, tau, d, d_min):
     coarse = d > d_min
     half = torch.where(coarse, d / 2, d)
     step = torch.where(coarse, d / 2, 0.0)                      # frames at d_min don't move
-    rest = (1 - tau)[:, :, None, None]
+    rest = (1 - tau)[:, :, None, None]                          # the way to clean latents
+    step = step[:, :, None, None]
     with torch.no_grad():                                       # subtle: stop-gradient
         b1 = (f(z_tilde, tau, half) - z_tilde) / rest
-        z_prime = z_tilde + b1 * step[:, :, None, None]
-        b2 = (f(z_prime, tau + step, half) - z_prime) / (rest - step[:, :, None, None])
-        return torch.where(coarse[:, :, None, None], z_tilde + rest * (b1 + b2) / 2, z1)
+        z_prime = z_tilde + b1 * step
+        b2 = (f(z_prime, tau + step[:, :, 0, 0], half) - z_prime) / (rest - step)
+        target = z_tilde + rest * (b1 + b2) / 2
+    return torch.where(coarse[:, :, None, None], target, z1)
 
 
 def shortcut_loss(z1_hat, target, tau, loss_space="x"):
@@ -273,7 +278,7 @@ class Dynamics(nn.Module):
         x = torch.cat([y.float() for y in tokens], 2)           # (B, T, S, D)
 
         mask = reader_mask(x.shape[2] - agents, agents, x.device)
-        x = self.transformer(x, mask, cache, single)
+        x = self.transformer(x, mask, cache, single, agents)
         output = self.latent_out(x[:, :, 2:2 + S_z]).float()    # behind action and level
         z1_hat = x_prediction(output, z_tilde, tau, cfg.prediction)
         return z1_hat, x[:, :, -1].float() if agents else None
@@ -312,9 +317,9 @@ def dynamics_losses(model, batch, tau, d, weight, generator):
         def f(z, tau, d):
             return model(z, tau, d, clips)[0]
 
-        ends = shortcut_target(f, z_tilde[coarse_rows], clips.z, tau[coarse_rows],
-                               d[coarse_rows], model.d_min)
-        target = target.index_copy(0, coarse_rows, ends)
+        targets = shortcut_target(f, z_tilde[coarse_rows], clips.z, tau[coarse_rows],
+                                  d[coarse_rows], model.d_min)
+        target = target.index_copy(0, coarse_rows, targets)
 
     # subtle: Eq. 7 is one loss with one running RMS. A constant output has almost no
     # bootstrap loss; divided by an RMS of its own that term drowns the flow term, and
@@ -375,7 +380,7 @@ class Dream:
         """z (B, T, S_z, Z) -> z_tilde, tau, d: how committed frames are shown to the
         model."""
         tau = torch.full(z.shape[:2], self.tau_ctx, device=z.device)
-        d = torch.full_like(tau, self.model.d_min)  # subtle: no coarse d is trained there
+        d = torch.full_like(tau, self.model.d_min)  # the d that is trained at every level
         return corrupt(self.noise(*tau.shape), z, tau), tau, d
 
     @torch.no_grad()

@@ -837,6 +837,7 @@ class Session:
                             "dynamics' first.")
         self.run, self.env, self.dtype, self.device = run, env, dtype, run.device
         self.folder = Path(folder) / "sessions"
+        self.name = f"{env.spec.name}, run {Path(folder).name}, stage {run.stage}"
         self.spec, self.keys = env.spec, controls(env)
         self.tasks = list(dict(PromptOrder(env.spec, 1).steps))     # of the prompts
         self.policies = {}
@@ -909,7 +910,7 @@ class Session:
             self.add_frame(picture, row.frame, color)
         names = self.spec.tasks or ("no task",)
         return {**self.show(), "controls": self.keys, "policies": list(self.policies),
-                "tasks": [names[i] for i in self.tasks], "name": self.spec.name,
+                "tasks": [names[i] for i in self.tasks], "name": self.name,
                 "k_max": self.run.dynamics.cfg.k_max, "k": self.k, "level": self.level,
                 "seed": seed}
 
@@ -1185,7 +1186,7 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", nargs="?", default="serve", choices=("serve", "eval", "dream", "report"))
-    add("--run", default="runs/crafter", help="folder of a training run")
+    add("--run", default="runs/crafter", help="folder of a training run, or its name")
     add("--stage", choices=STAGES, help="default the latest; eval: its world model alone")
     add("--port", type=int, default=8000, help="serve: this one or the next free")
     add("--open", action="store_true", help="serve: open the browser")
@@ -1207,6 +1208,8 @@ def make_parser():
 
 def main():
     args = make_parser().parse_args()
+    if not Path(args.run).exists() and Path("runs", args.run).exists():
+        args.run = Path("runs", args.run)       # a name, as train.py takes it
     sampler, device = Sampler(args.k, args.step_label), pick_device(args.device)
     if args.command == "report":
         print(write_report(args.run))

@@ -1,11 +1,9 @@
 """Efficient transformer (Dreamer 4, Section 3.4) and causal tokenizer (Section 3.1).
 
-Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, soft cap,
-                                                GQA; space layers and, among them, time
-                                                layers
-Section 3.1  Tokenizer                          frames -> tanh latents -> frames, causal in
-time Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running
-RMS
+Section 3.4  attend, rope, Cache, Transformer   pre-RMSNorm, RoPE, SwiGLU, QKNorm, GQA, soft
+                                                cap; space layers and some time layers
+Section 3.1  Tokenizer                          frames -> tanh latents -> frames
+Eq. 5        reconstruction_loss                MSE + 0.2 LPIPS, each over its running RMS
 
 Shape letters, here and everywhere: B batch, T frames, S tokens in a frame, D width,
 Z latent channels, H W pixels. Departures from the paper: README, "Departures".
@@ -132,7 +130,7 @@ class Cache:
         self.t += T
 
     def branch(self, n):
-        """A copy with its rows repeated n times: futures that leave this cache as it is."""
+        """A copy with its rows repeated n times: they leave this cache as it is."""
         twin = Cache(self.context, self.t)
         twin.start = self.start
         for layer, rings in self.layers.items():
@@ -238,7 +236,7 @@ class Transformer(nn.Module):
             for weight in (block.attention.out.weight, block.down.weight):
                 nn.init.normal_(weight, std=0.5 * (cfg.dim * layers) ** -0.5)
 
-    def positions_and_masks(self, space_mask, cache, single, T):
+    def positions_and_masks(self, space_mask, cache, single, T, readers):
         """For the kinds of layers that there are: RoPE's angles and the mask, by kind."""
         S, device = len(space_mask), space_mask.device
         t = cache.t if cache else 0
@@ -257,14 +255,18 @@ class Transformer(nn.Module):
             # all tokens of the frames that are seen, through the modality mask too
             wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
             masks["dense"] = space_mask.repeat(T, keys.numel()) & wide
-            positions["dense"] = torch.arange(t * S, (t + T) * S, device=device)
+            # subtle: readers take no position of their own, or the others' would shift
+            others = S - readers
+            place = torch.arange(S, device=device).clamp(max=others - 1)
+            positions["dense"] = (others * frames[:, None] + place).flatten()
         return {kind: rope_angles(x, self.size) for kind, x in positions.items()}, masks
 
-    def forward(self, x, space_mask, cache=None, single=None):
+    def forward(self, x, space_mask, cache=None, single=None, readers=0):
         """x (B, T, S, D) -> (B, T, S, D). space_mask (S, S), True = may attend. single (B,)
         bool: rows whose frames are separate images. With a cache, x continues at frame
-        cache.t."""
-        angles, masks = self.positions_and_masks(space_mask, cache, single, x.shape[1])
+        cache.t. readers: how many of the last tokens read and are not read."""
+        angles, masks = self.positions_and_masks(space_mask, cache, single, x.shape[1],
+                                                 readers)
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
@@ -324,22 +326,22 @@ class LossNormalizer(nn.Module):
 
 @dataclass
 class TokenizerConfig:
-    """Sizes of the causal tokenizer; the paper's values in the comments."""
-    height: int = 72            # 360, from the dataset
-    width: int = 72             # 640, from the dataset
-    patch: int = 24             # 16
+    """Sizes of the causal tokenizer; the paper's values in brackets."""
+    height: int = 72            # of a frame, from the dataset (360)
+    width: int = 72             # (640)
+    patch: int = 24             # side in pixels (16)
     dim: int = 256
     layers: int = 4             # of the encoder, and as many of the decoder
     heads: int = 4
     kv_heads: int = 2
-    latents: int = 9            # 512 bottleneck tokens
-    channels: int = 64          # 16 channels each
-    pack: int = 1               # 2: tokens merged into one for the dynamics
+    latents: int = 9            # bottleneck tokens of a frame (512)
+    channels: int = 64          # of each (16)
+    pack: int = 1               # tokens merged into one for the dynamics (2)
     cell: int = 8               # side of the cells that a shared MLP reads, draws; 0: none
     local: bool = True          # latents belong to a patch, where they divide evenly
     context: int = 6            # frames that a time layer sees
-    mae_max: float = 0.5        # 0.9: largest share of masked patches
-    lpips: float = 0.0          # 0.2: weight of the perceptual loss, needs lpips
+    mae_max: float = 0.5        # largest share of masked patches (0.9)
+    lpips: float = 0.0          # weight of the perceptual loss, needs lpips (0.2)
 
     def __post_init__(self):
         check_config("tokenizer", self, zero=("cell",), shares=("mae_max",))

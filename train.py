@@ -782,8 +782,8 @@ def dynamics_levels(job, dynamics, batch, chosen, draws):
     clips = (chosen & ~batch.single)[:, None]
     noisy = torch.from_numpy(draws.rng.random((B, T)) < share) | batch.events.any(-1)
     noisy &= clips
-    tau, d = show_as_context(tau, d, clips & ~noisy, dynamics)
     tau = pure_noise(tau, d, noisy, dynamics)
+    tau, d = show_as_context(tau, d, clips & ~noisy, dynamics)
     return tau, d, torch.where(noisy.any(1, keepdim=True), 1.0, frame_weight(tau, cfg))
 
 

@@ -229,15 +229,20 @@ def agents_table(agents=(), tasks=()):
     return table(["agent", "episodes", "achievements of 10", *tasks], lines)
 
 
-def departures_table():
+def departures_table(measured):
     """Where the code departs from the paper, and what that was measured to do."""
-    lines = [[row.what, row.paper, row.here, row.effect + (DAGGER if row.source else "")]
-             for row in load("departures")]
-    return table(["what", "paper", "here", "measured effect"], lines)
+    lines = []
+    for row in load("departures"):
+        if (row.effect != "-") == measured:
+            effect = [row.effect + (DAGGER if row.source else "")] * measured
+            lines.append([row.what, row.paper, row.here, *effect])
+    return table(["what", "paper", "here", *["measured effect"] * measured], lines)
 
 
 TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes it
-    "results": front_table, "hardware": hardware_table, "departures": departures_table,
+    "results": front_table, "hardware": hardware_table,
+    "departures": partial(departures_table, True),
+    "unmeasured": partial(departures_table, False),
     "agents_front": partial(agents_table, ("random", "BC", "imagination", "player"), (
         "make_wood_pickaxe", "make_stone_pickaxe", "collect_iron", "collect_diamond")),
     "figure3": agents_table,
