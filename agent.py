@@ -207,8 +207,8 @@ class Agent(nn.Module):
 # ---------------------------------------------------------------------------- equation 9
 
 def targets_ahead(x, first, L):
-    """Eq. 9: x (B, T, ...) -> x[:, t + first + n], n = 0 .. L, (B, T, L + 1, ...), and valid
-    (B, T, L + 1), False where that lies past the end of the window."""
+    """Eq. 9: x (B, T, ...) -> x[:, t + first + n], n = 0 .. L, as (B, T, L + 1, ...), and
+    valid (B, T, L + 1), False where that lies past the end of the window."""
     T = x.shape[1]
     t, n = torch.arange(T, device=x.device), torch.arange(L + 1, device=x.device)
     index = t[:, None] + first + n
