@@ -38,15 +38,15 @@ class AgentConfig:
     """Heads, cloning and imagination; the paper's values in brackets."""
     hidden: int = 256
     prompt_order: float = 0.0   # share of the cloned rows whose task is one of the prompts
-    bc_level: str = "context"   # signal level of cloned rows: "context" | "uniform" (that)
+    bc_level: str = "context"   # level of cloned rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # of the BC loss among those of the agent stage (1)
     prompts: bool = True        # False: the policy isn't told its task (control)
     pretrained: bool = True     # False: BC from scratch, on the latents alone (control)
-    practice: str = "prompt_order"  # tasks of imagination: "prompt_order" | "all" (that)
+    imagined_tasks: str = "prompt_order"    # "prompt_order" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # imagined frames; the paper gives none
     temperature: float = 1.0    # of the BC policy that imagination starts from
-    k: int = 1                  # sampling steps of a frame; 0: as the dynamics (that)
+    k: int = 1                  # sampling steps; 0: as the dynamics (paper)
     step_label: str = "min"     # step size told to the network in these: "own" | "min"
     end_on_event: bool = True   # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # discount (0.997)
@@ -55,7 +55,7 @@ class AgentConfig:
     def __post_init__(self):
         check_config("agent", self, zero=("k",), shares=("prompt_order", "gamma"))
         choices = {"bc_level": ("context", "uniform"), "step_label": ("own", "min"),
-                   "practice": ("prompt_order", "all")}
+                   "imagined_tasks": ("prompt_order", "all")}
         for name, words in choices.items():
             if getattr(self, name) not in words:
                 raise UserError(f"Got agent.{name} {getattr(self, name)!r}, need one of "

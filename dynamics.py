@@ -68,7 +68,7 @@ class DynamicsConfig:
                                 f"{words}.")
         if self.p_boot == 0 and self.step_label == "own":
             raise UserError("Got dynamics.p_boot 0 and step_label 'own': without bootstrap "
-                            "rows the network learns the finest step alone. Add "
+                            "rows the network learns d_min alone. Add "
                             "--dynamics.step_label min.")
 
 
@@ -117,7 +117,7 @@ def show_as_context(tau, d, frames, model):
 
 
 def pure_noise(tau, d, frames, model):
-    """tau (B, T), where `frames` (B, T) bool have to be drawn from nothing. Rows with
+    """tau (B, T), where `frames` (B, T) bool have to come from nothing. Rows with
     coarse steps keep their levels: there the network learns to draw in few steps."""
     fine_rows = (d == model.d_min).all(1, keepdim=True)
     return torch.where(frames & fine_rows, 0.0, tau)

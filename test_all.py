@@ -967,7 +967,7 @@ def test_ablation_flags_train_and_dream(changes):
         assert dream.step(batch.actions[:, :1])[0].isfinite().all()
         losses.append(loss["dynamics"].item())
     assert np.isfinite(losses).all() and (losses[0] == losses[1]) == (not changes)
-    with pytest.raises(UserError, match="step_label min"):      # it knows the finest alone
+    with pytest.raises(UserError, match="step_label min"):      # it knows d_min alone
         tiny_dynamics(p_boot=0.0)
 
 
@@ -1020,15 +1020,15 @@ def test_branches_share_noise_and_leave_the_dream_alone():
         for n in [1, 3] * tries:
             ahead = dream.branch(n)
             for _ in range(6):                                  # past the context of 4
-                futures, _ = ahead.step(actions[:n])
+                branches, _ = ahead.step(actions[:n])
         seen.append(dream.branch(3).step(actions)[0])
         steps = dream.branch(1).trace(actions[:1])
         assert len(steps) == 2 and torch.equal(steps[0][0], dream.branch(1).noise(1, 1))
         assert torch.allclose(steps[1][1], seen[-1][:1], atol=1e-5)
         ends.append(dream.step(actions[:1])[0])
     assert torch.equal(*ends[:2]) and (dream.branch(1).as_context(batch.z)[1] == .5).all()
-    assert torch.allclose(futures[0], futures[2], atol=1e-5)    # the same action
-    assert (futures[0] - futures[1]).abs().max() > 1e-2
+    assert torch.allclose(branches[0], branches[2], atol=1e-5)    # the same action
+    assert (branches[0] - branches[1]).abs().max() > 1e-2
     assert torch.equal(*seen[:2]) and (seen[2] - seen[0]).abs().max() > 1e-3
 
 
@@ -1227,7 +1227,7 @@ def test_imagination_losses_equal_a_naive_loop(end_on_event):
     assert abs(metrics["positive_share"] - len(good) / len(kls)) < 1e-6
 
 
-def practice(agent, model, horizon=6, C=3):
+def imagine(agent, model, horizon=6, C=3):
     """A rollout from 4 contexts with one seed, which is not that of z."""
     batch = play_inputs(4, C, task=1)
     return imagine_rollout(dream_of(model, agent, seeded(1)), agent, batch, horizon)
@@ -1237,8 +1237,8 @@ def test_imagination_step_changes_policy_and_value_alone():
     """Fails if others get a gradient, these none under autocast, or the prior moves."""
     model, agent, task = tiny_dynamics(), tiny_agent(), torch.zeros(4).long()
     randomize(agent.prior, seed=1)
-    h, actions, _ = practice(agent, model)
-    assert torch.equal(practice(agent, model).actions, actions)         # the same seed
+    h, actions, _ = imagine(agent, model)
+    assert torch.equal(imagine(agent, model).actions, actions)         # the same seed
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():       # subtle: autocast can keep weights without gradients
             agent.values(h)
@@ -1261,7 +1261,7 @@ def test_a_rollout_equals_one_by_full_forwards(monkeypatch):
     monkeypatch.setattr(Dream, "noise", lambda self, B, T: torch.ones(B, T, 2, 6))
     model, agent, C, H = tiny_dynamics(), tiny_agent(k=2, step_label="own"), 3, 6
     agent.act = lambda h, _: (h.sum(1, keepdim=True) * 1e4).floor() % 5     # h decides
-    rollout, context = practice(agent, model), play_inputs(4, C, task=1)
+    rollout, context = imagine(agent, model), play_inputs(4, C, task=1)
     z = torch.cat([context.z, rollout.z], 1)
     actions = torch.cat([context.actions, rollout.actions], 1)
     whole = play_inputs(4, C + H, task=1)._replace(z=z, actions=actions)
@@ -1462,16 +1462,16 @@ def test_windows_alternate_between_short_and_long(monkeypatch):
     """Fails if long windows are not every fourth and all of the last tenth, the share is
     another where it doesn't divide 1, or rows don't divide among processes."""
     cfg = train.TrainConfig(batch=12, length=4, long_length=16)
-    sizes = [train.window(cfg, step, 100) for step in range(100)]
+    sizes = [train.batch_shape(cfg, step, 100) for step in range(100)]
     assert sizes[:4] == [(12, 4)] * 3 + [(3, 16)] and set(sizes[90:]) == {(3, 16)}
     assert sum(length == 16 for _, length in sizes[:90]) == 22
     for share, count in ((0.0, 0), (0.4, 36), (0.7, 63), (1.0, 90)):
         cfg.long_share = share
-        long = sum(train.window(cfg, step, 100)[1] == 16 for step in range(90))
+        long = sum(train.batch_shape(cfg, step, 100)[1] == 16 for step in range(90))
         assert abs(long - count) <= 1
-    assert train.window(replace(cfg, long_share=0.0), 99, 100) == (12, 4)
+    assert train.batch_shape(replace(cfg, long_share=0.0), 99, 100) == (12, 4)
     monkeypatch.setattr(train, "PROCESSES", 2)
-    assert train.window(cfg, 99, 100) == (4, 16)
+    assert train.batch_shape(cfg, 99, 100) == (4, 16)
 
 
 def test_rates_rise_stay_and_fall():
@@ -1512,7 +1512,7 @@ def test_labels_are_the_first_episodes_or_where_a_probe_says(keys):
 
     half = recordings_of(keys, labels=0.34)            # 2 of 6
     known = np.arange(keys.frames_total) < keys.offsets[2]
-    assert np.array_equal(half.known, known)
+    assert np.array_equal(half.labelled, known)
     rows = labelled(half)
     assert rows[200:].all() and 0.1 < rows[:200].mean() < 0.6
     none = recordings_of(keys, labels=0.0)
@@ -1520,7 +1520,7 @@ def test_labels_are_the_first_episodes_or_where_a_probe_says(keys):
     assert labelled(recordings_of(keys)).all()         # control
     even = recordings_of(keys, labels_probe="probe_even")
     truth = np.concatenate([np.arange(n) % 2 == 0 for n in keys.lengths])
-    assert np.array_equal(even.known, truth)
+    assert np.array_equal(even.labelled, truth)
     with pytest.raises(UserError, match="without probe_odd"):
         recordings_of(keys, labels_probe="probe_odd")
 

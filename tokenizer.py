@@ -471,9 +471,9 @@ class Tokenizer(nn.Module):
         if cfg.cell:
             cells = (cfg.patch // cfg.cell) ** 2
             codes = self.codes_out(tokens).view(-1, self.patches, cells, CODE)
-            drawn = self.draw_cell(codes).float()
-            drawn = unpatchify(drawn, cfg.cell, cfg.patch, cfg.patch)
-            patches = patches + drawn.reshape(patches.shape)
+            pixels = self.draw_cell(codes).float()
+            pixels = unpatchify(pixels, cfg.cell, cfg.patch, cfg.patch)
+            patches = patches + pixels.reshape(patches.shape)
         return unpatchify(patches, cfg.patch, cfg.height, cfg.width)
 
     def bottleneck(self, x, hidden=None, cache=None):

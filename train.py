@@ -19,7 +19,9 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,14 +101,19 @@ class TrainConfig:
 
 
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
-CLIP = 1.0                  # largest norm of the gradient
-VALUE_FIRST = 20            # imagination steps in which only the value head learns
+CLIP = 1.0                  # norm to which a larger gradient is cut
+VALUE_FIRST = 20            # imagination steps, at most a third of them, in which the value
+                            # head learns alone: a value of 0 calls every action good
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
 DERIVED = ("tokenizer.height", "tokenizer.width", "dynamics.tokens", "dynamics.channels",
            "dynamics.tasks")                                    # no flags
-HEADS = ("hidden", "bc_weight", "prompts", "pretrained")        # fixed by the agent stage
+CONFIGS_OF = {"tokenizer": ("tokenizer",), "dynamics": ("tokenizer", "dynamics"),
+              "agent": ("tokenizer", "dynamics", "agent"),
+              "imagine": ("tokenizer", "dynamics", "agent")}    # what a stage is made with
+FIXED_BY_AGENT = ("hidden", "prompt_order", "bc_level", "bc_weight", "prompts",
+                  "pretrained")             # imagination can't change them
 FREE = ("train.compile", "train.log_every")                     # may differ after a break
 LOSSES = {"tokenizer": ("mse", "lpips"), "dynamics": ("dynamics",),
           "agent": ("dynamics", "bc", "reward", "continue", "events"),
@@ -180,31 +187,30 @@ def parse(argv=None):
         configs[prefix] = {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
                            for f in dataclasses.fields(config)}
         config(**configs[prefix])           # a bad value is one line, before anything runs
-    args.run = args.run or configs["data"]["env"].split(":")[0]
+    args.run = (args.run or configs["data"]["env"].split(":")[0]).removeprefix("runs/")
     check_flags(args, configs)
     return args, configs
 
 
 def check_flags(args, configs):
     """UserError where flags don't fit together."""
-    train, steps = configs["train"], configs["train"].get(f"{args.stage}_steps", 0)
-    context, k_max = configs["dynamics"]["context"], configs["dynamics"]["k_max"]
-    k, length = configs["agent"]["k"], train["long_length"]
-    faults = {
-        f"--seed {args.seed}, need a whole number from 0": not 0 <= args.seed < 2 ** 63,
-        f"--replay {args.replay} --stage {args.stage}, need one stage and a step of it":
-            args.replay is not None and not 0 <= args.replay < steps,
-        f"--base {args.base} --run {args.run} --stage {args.stage}, need one stage of "
-        f"{STAGES[1:]} and another run":
-            args.base and (args.stage not in STAGES[1:] or args.base == args.run),
-        f"train.long_length {length}, need more than dynamics.context {context}: the model "
-        "must see frames without the start of the window":
-            train["long_share"] > 0 and length <= context,
-        f"agent.k {k}, need a power of two up to dynamics.k_max {k_max}, or 0":
-            k & (k - 1) or k > k_max}
-    for text, there in faults.items():
-        if there:
-            raise UserError(f"Got {text}.")
+    train, dynamics, k = configs["train"], configs["dynamics"], configs["agent"]["k"]
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"Got --seed {args.seed}, need a whole number from 0.")
+    steps = train.get(f"{args.stage}_steps", 0)
+    if args.replay is not None and not 0 <= args.replay < steps:
+        raise UserError(f"Got --replay {args.replay} --stage {args.stage}, need one stage "
+                        "and a step of it.")
+    if args.base and (args.stage not in STAGES[1:] or args.base == args.run):
+        raise UserError(f"Got --base {args.base} --run {args.run} --stage {args.stage}, "
+                        f"need one stage of {STAGES[1:]} and another run.")
+    if train["long_share"] > 0 and train["long_length"] <= dynamics["context"]:
+        raise UserError(f"Got train.long_length {train['long_length']}, need more than "
+                        f"dynamics.context {dynamics['context']}: the model must see "
+                        "frames without the start of the window. Or --train.long_share 0.")
+    if k & (k - 1) or k > dynamics["k_max"]:
+        raise UserError(f"Got agent.k {k}, need a power of two up to dynamics.k_max "
+                        f"{dynamics['k_max']}, or 0.")
 
 
 @dataclasses.dataclass
@@ -252,21 +258,36 @@ def in_turn():
         dist.barrier()
 
 
-def data_parallel(modules, loss_fn):
-    """loss_fn as the forward of one module, which averages gradients over the processes."""
-    module = nn.Module()
-    module.trained, module.forward = nn.ModuleList(modules), loss_fn
-    if PROCESSES > 1:
-        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-    return module
+class Losses(nn.Module):
+    """A stage's loss_fn as the forward of what it trains, as DistributedDataParallel, which
+    averages gradients over the processes, wants it."""
+
+    def __init__(self, modules, loss_fn):
+        super().__init__()
+        self.trained, self.loss_fn = nn.ModuleList(modules), loss_fn
+
+    def forward(self, draws):
+        return self.loss_fn(draws)
 
 
-def over_processes(x, op=dist.ReduceOp.SUM):
-    """The sum of a tensor over the processes, or another `op`, without a gradient."""
+def over_processes(x, op):
+    """The sum or maximum of a tensor over the processes, without a gradient."""
     x = x.detach().clone()
     if PROCESSES > 1:
         dist.all_reduce(x, op)
     return x
+
+
+def mean_over_processes(loss):
+    """The mean of the processes' losses, with this process's own gradient: those are
+    averaged in the backward pass."""
+    mean = over_processes(loss, dist.ReduceOp.SUM) / PROCESSES
+    return loss - loss.detach() + mean
+
+
+def divisible(rows):
+    """So many rows, or a few more, that every process gets as many."""
+    return math.ceil(rows / PROCESSES) * PROCESSES
 
 
 # ------------------------------------------------------------------------- training loop
@@ -275,25 +296,29 @@ class Draws(NamedTuple):
     """The randomness of a training step."""
     step: int
     rng: np.random.Generator        # windows
-    host: torch.Generator           # levels, on the CPU
-    device: torch.Generator         # noise, on the device; on a CPU it is `host`
+    levels: torch.Generator         # tau and d, on the CPU
+    noise: torch.Generator          # z0, actions, masks, on the device; on a CPU the same
 
 
 def make_draws(job, step):
     rng = rng_for(job.args.seed, job.stage, step)
     seed = int(rng.integers(2 ** 31))
-    host = device = torch.Generator().manual_seed(seed)
+    levels = noise = torch.Generator().manual_seed(seed)
     if job.device.type != "cpu":
-        device = torch.Generator(job.device).manual_seed(seed)
-    return Draws(step, rng, host, device)
+        noise = torch.Generator(job.device).manual_seed(seed)
+    return Draws(step, rng, levels, noise)
 
 
 def make_optimizers(modules, lr_matrix, lr):
     """Muon for the matrices inside transformer blocks, AdamW without decay for the rest."""
     matrices, rest = [], []
     for name, p in nn.ModuleList(modules).named_parameters():
-        if p.requires_grad:
-            (matrices if "blocks." in name and p.ndim == 2 else rest).append(p)
+        if not p.requires_grad:
+            continue
+        if "blocks." in name and p.ndim == 2:
+            matrices.append(p)
+        else:
+            rest.append(p)
     return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
             torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=0.01,
                              adjust_lr_fn="match_rms_adamw")]   # steps as long as AdamW's
@@ -316,9 +341,11 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.args.dtype == "fp16")
     parts = [*modules, normalizer, *optimizers, scaler]
     start, sums = restore(job, modules, parts)
-    compute = data_parallel(modules, loss_fn)
+    compute = Losses(modules, loss_fn)
     parameters = [p for p in compute.parameters() if p.requires_grad]
-    introduce(job, start, parameters)
+    if PROCESSES > 1:
+        compute = nn.parallel.DistributedDataParallel(compute, find_unused_parameters=True)
+    print_header(job, start, parameters)
     if job.args.replay is not None:
         replay(job, compute, lambda losses: normalizer(losses, weights))
     log = Log(job, start, sums)
@@ -326,12 +353,11 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
     bar = tqdm(steps, job.stage, job.steps, initial=start, disable=RANK > 0)
     with gentle_stop() as noted:
         for step in bar:
-            # batch and losses, their means over processes
+            # batch and losses
             set_rates(job, optimizers, step)
             with autocast(job.device, job.args.dtype):
                 losses, metrics = compute(make_draws(job, step))
-            losses = {name: loss - loss.detach() + over_processes(loss) / PROCESSES
-                      for name, loss in losses.items()}
+            losses = {name: mean_over_processes(loss) for name, loss in losses.items()}
             total = normalizer(losses, weights)
 
             # backward, clip, step
@@ -351,7 +377,7 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
                 log.write(step + 1, bar)
             stop = torch.tensor(max(noted, default=0), device=job.device)
             stop = int(over_processes(stop, dist.ReduceOp.MAX))
-            if stop or (step + 1) % SAVE_EVERY == 0 and step + 1 < job.steps:
+            if stop or ((step + 1) % SAVE_EVERY == 0 and step + 1 < job.steps):
                 save_resume(job, parts, step + 1, log.sums)
             if stop:
                 raise KeyboardInterrupt(128 + stop)
@@ -359,11 +385,13 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
         module.eval()
 
 
-def introduce(job, start, parameters):
+def print_header(job, start, parameters):
+    """The stage's first line."""
     count, data = sum(p.numel() for p in parameters), job.dataset
     print(f"Stage {job.stage}: {count:,} parameters, steps {start} to {job.steps}, "
           f"{job.device} {job.args.dtype}, dataset {data.frames_total:,} frames in "
-          f"{len(data.lengths)} episodes, every 20th kept for validation.", flush=True)
+          f"{len(data.lengths)} episodes, {len(data.episodes('valid'))} of them kept for "
+          "validation.", flush=True)
 
 
 def check_finite(job, step, total, norm):
@@ -420,10 +448,11 @@ class Log:
             write_whole(self.path, lambda file: file.write("".join(lines).encode()))
 
     def add(self, values):
-        for name, value in values.items():      # nan: no frame fell into that bin
+        for name, value in values.items():
             total, n = self.sums.get(name, (0.0, 0))
             value = value.detach()
-            self.sums[name] = total + value.nan_to_num(), n + ~value.isnan()
+            counts = value.isfinite()           # nan: no frame fell into that bin
+            self.sums[name] = (total + torch.where(counts, value, 0.0), n + counts)
 
     def write(self, step, bar):
         """Append a line, show it on the bar, warn of what isn't healthy in it."""
@@ -467,9 +496,10 @@ def provenance_of(job, stage):
 
 def made_with(job):
     """What may not change while a stage is interrupted: provenance, seed, settings."""
-    found = {**job.provenance, "seed": job.args.seed, "dtype": job.args.dtype}
+    found = {**job.provenance, "seed": job.args.seed, "dtype": job.args.dtype,
+             "data.labels": job.data.labels, "data.labels_probe": job.data.labels_probe}
     others = tuple(f"train.{stage}_" for stage in STAGES if stage != job.stage)
-    for prefix in (*STAGES[:min(STAGES.index(job.stage), 2) + 1], "train"):
+    for prefix in (*CONFIGS_OF[job.stage], "train"):
         for key, value in job.configs[prefix].items():
             if (name := f"{prefix}.{key}") not in FREE and not name.startswith(others):
                 found[name] = value
@@ -478,12 +508,15 @@ def made_with(job):
 
 def refuse_changes(job, path, then, now):
     """UserError where a checkpoint was made with something else than there is now; --resume
-    anyway lifts that for the recordings and the stages before."""
+    anyway allows it for the recordings and the stages before."""
     for name, made in then.items():
-        lift = ", or go on with --resume anyway" if name in ("dataset", *STAGES) else ""
-        if now.get(name, made) != made and not (lift and job.args.resume == "anyway"):
-            raise UserError(f"Got {name} {now[name]}, {path} was made with {made}: go back "
-                            f"to that, or train this stage again with --resume no{lift}.")
+        may_differ, hint = name in ("dataset", *STAGES), ""
+        if now.get(name, made) == made or (may_differ and job.args.resume == "anyway"):
+            continue
+        if may_differ:
+            hint = ", or go on with --resume anyway"
+        raise UserError(f"Got {name} {now[name]}, {path} was made with {made}: go back "
+                        f"to that, or train this stage again with --resume no{hint}.")
 
 
 def resume_paths(job):
@@ -551,10 +584,10 @@ def open_stage(job, stage):
     run = load_run(job.folder, stage, job.device)
     now = {**job.dataset.spec.to_json(), **provenance_of(job, stage)}
     refuse_changes(job, run.path, {**run.spec.to_json(), **run.meta["provenance"]}, now)
-    for prefix in STAGES[:min(STAGES.index(stage), 2) + 1]:
+    for prefix in CONFIGS_OF[stage]:
         saved = run.meta["config"][prefix]
-        if (prefix, stage) == ("agent", "agent"):
-            saved = {key: saved[key] for key in HEADS}      # the others are free again
+        if (prefix, stage) == ("agent", "agent"):           # the others are free again
+            saved = {key: saved[key] for key in FIXED_BY_AGENT}
         for key, value in saved.items():
             flag = job.args.given.get(f"{prefix}.{key}", value)
             if flag != value:
@@ -575,7 +608,8 @@ def take_stages(base, folder, stage):
             raise UserError(f"Got --base {base.name}, but {target} is another one than "
                             f"{source}: take another --run, or delete it.")
         if source.exists() and not target.exists():
-            write_whole(target, lambda file, source=source: file.write(source.read_bytes()))
+            with open(source, "rb") as file:
+                write_whole(target, lambda to, file=file: shutil.copyfileobj(file, to))
 
 
 # ------------------------------------------------------------------- latents and batches
@@ -600,50 +634,51 @@ def encode_all(job, tokenizer, file):
 def open_latents(job, tokenizer):
     """The frozen tokenizer's latents of all frames, made once and kept beside the run."""
     path, about = job.folder / "latents.npy", job.folder / "latents.json"
-    made_of = {"dataset": job.dataset.fingerprint,
-               "tokenizer": digest(job.folder / "tokenizer.pt")}
+    provenance = {"dataset": job.dataset.fingerprint,
+                  "tokenizer": digest(job.folder / "tokenizer.pt")}
     with in_turn():
         old = read_json(about) if about.exists() and path.exists() else None
-        if old is not None and old != {**made_of, "sha256": digest(path)}:
+        if old is not None and old != {**provenance, "sha256": digest(path)}:
             print(f"{path} is damaged or out of date: computing it again.")
             old = None
         if old is None:
             write_whole(path, lambda file: encode_all(job, tokenizer, file))
-            write_json(about, {**made_of, "sha256": digest(path)})
+            write_json(about, {**provenance, "sha256": digest(path)})
     return np.load(path, mmap_mode="r")
 
 
 class Recordings:
     """What the stages after the tokenizer read: recorded play, with latents for frames.
-    known (frames,) bool: whose action may be seen (Section 4.4, unlabelled video); prompts
-    (frames,): the task that windows from anywhere have at their end."""
+    labelled (frames,) bool: whose action may be seen (Section 4.4, unlabelled video);
+    prompts (frames,): the task that windows from anywhere have at their end."""
     latents = prompts = None
 
     def __init__(self, job):
         self.data, self.spec = job.dataset, job.dataset.spec
         episodes, probe = len(self.data.lengths), job.data.labels_probe
-        self.first = round(job.data.labels * episodes)          # these have known actions
-        self.known = np.arange(self.data.frames_total) < self.data.offsets[self.first]
+        self.labelled_episodes = round(job.data.labels * episodes)      # the first ones
+        frames = np.arange(self.data.frames_total)
+        self.labelled = frames < self.data.offsets[self.labelled_episodes]
         if probe and probe not in self.data.rows(0).dtype.names:
             raise UserError(f"Got recordings in {self.data.path} without {probe}, need it "
                             "for --data.labels_probe: record them again.")
         if probe:
             rows = [self.data.rows(i)[probe] for i in range(episodes)]
-            self.known &= np.concatenate(rows) > 0
+            self.labelled &= np.concatenate(rows) > 0
 
     def any_labelled(self):
         """Whether there is an action to imitate."""
         for i in self.data.episodes("train"):
-            known = self.known[self.data.offsets[i]:self.data.offsets[i + 1]]
-            if (self.data.rows(i)["labelled"] & known).any():
+            labelled = self.labelled[self.data.offsets[i]:self.data.offsets[i + 1]]
+            if (self.data.rows(i)["labelled"] & labelled).any():
                 return True
         return False
 
     def anywhere(self, n, length):
         """(rows, Windows) each. Where a part of the training episodes is labelled, half of
         the windows are from there, or actions would be seldom seen."""
-        labelled = Windows(length, first=self.first)
-        partly = self.first < len(self.data.lengths)
+        labelled = Windows(length, first=self.labelled_episodes)
+        partly = self.labelled_episodes < len(self.data.lengths)
         some = n // 2 if partly and len(self.data.long_enough(labelled)) else 0
         return [(n - some, Windows(length)), (some, labelled)]
 
@@ -663,22 +698,24 @@ class Recordings:
         if self.prompts is not None:
             n = sum(n for n, windows in kinds if not windows.relevant)  # they come first
             task[:n] = self.prompts[index[:n, -1]]
-        rows = self.data.read(episode, start, length, ("actions", "labelled", "events",
-                                                       "continues"))
-        return Batch(*map(torch.from_numpy, (
-            self.latents[index].astype(np.float32), rows["actions"],
-            rows["labelled"] & self.known[index], np.repeat(task[:, None], length, 1),
-            rows["events"].astype(np.float32), rows["continues"])))
+        fields = ("actions", "labelled", "events", "continues")
+        rows = self.data.read(episode, start, length, fields)
+        columns = {"z": self.latents[index].astype(np.float32), "actions": rows["actions"],
+                   "labelled": rows["labelled"] & self.labelled[index],
+                   "task": np.repeat(task[:, None], length, 1),
+                   "events": rows["events"].astype(np.float32),
+                   "continues": rows["continues"]}
+        return Batch(**{name: torch.from_numpy(x) for name, x in columns.items()})
 
 
-def window(cfg, step, steps):
-    """(rows, length) of a step's batch: a share of the steps is long, and the last tenth.
-    The rows divide among the processes."""
-    share, last = cfg.long_share, step >= 0.9 * steps
-    long = int((step + 1) * share) > int(step * share) or (share > 0 and last)
+def batch_shape(cfg, step, steps):
+    """(rows, length) of a step's batch: a share of the steps is long, evenly spread, and
+    the last tenth."""
+    long = int((step + 1) * cfg.long_share) > int(step * cfg.long_share)
+    if cfg.long_share > 0 and step >= 0.9 * steps:
+        long = True
     length = cfg.long_length if long else cfg.length
-    rows = max(cfg.batch * cfg.length // length, 2)
-    return -(-rows // PROCESSES) * PROCESSES, length
+    return divisible(max(cfg.batch * cfg.length // length, 2)), length
 
 
 @torch.no_grad()
@@ -723,7 +760,7 @@ def train_tokenizer(job):
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
     if cfg.compile:
         compile_module(tokenizer, job.device)
-    B, T = -(-cfg.tokenizer_batch // PROCESSES) * PROCESSES, cfg.tokenizer_length
+    B, T = divisible(cfg.tokenizer_batch), cfg.tokenizer_length
 
     def frames(rng, relevant):
         """(B, T, H, W, 3); windows with an event show the rare things more often."""
@@ -735,7 +772,7 @@ def train_tokenizer(job):
 
     def loss_fn(draws):
         x = scale_pixels(frames(draws.rng, len(data.events) > 0))
-        hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, draws.device,
+        hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, draws.noise,
                           job.device)[MINE]
         losses, metrics = reconstruction_loss(tokenizer(x, hidden), x, perceptual), {}
         if (draws.step + 1) % cfg.log_every == 0:
@@ -757,9 +794,9 @@ def train_tokenizer(job):
 def dynamics_batch(job, recordings, draws, single_images):
     """The dynamics' batch, and (B,) bool: rows chosen for an event. In random order, or
     none of these would be among the first rows, which have bootstrap."""
-    rows, length = window(job.train, draws.step, job.steps)
+    rows, length = batch_shape(job.train, draws.step, job.steps)
     # whoever knows the events of a video has its actions
-    labelled = len(job.dataset.events) > 0 and recordings.known.all()
+    labelled = len(job.dataset.events) > 0 and recordings.labelled.all()
     n = round(job.train.event_rows * rows) if labelled else 0
     order = draws.rng.permutation(rows)
     kinds = recordings.anywhere(rows - n, length) + recordings.with_event(n, length)
@@ -774,7 +811,7 @@ def dynamics_levels(job, dynamics, batch, chosen, draws):
     n_boot = round(cfg.p_boot * B)
     if draws.step < job.train.boot_after * job.steps:
         n_boot = 0                          # the network would learn from its own noise
-    tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, draws.host)
+    tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, draws.levels)
     if not share or not chosen.any():
         return tau, d, frame_weight(tau, cfg)
 
@@ -807,7 +844,7 @@ def train_dynamics(job):
         batch, chosen = dynamics_batch(job, recordings, draws, cfg.single_images)
         levels = dynamics_levels(job, dynamics, batch, chosen, draws)
         batch, levels = batch.rows(MINE).to(job.device), [x[MINE] for x in levels]
-        losses, _, metrics = dynamics_losses(dynamics, batch, *levels, draws.device)
+        losses, _, metrics = dynamics_losses(dynamics, batch, *levels, draws.noise)
         if (draws.step + 1) % SAVE_EVERY == 0:
             metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
         return losses, metrics
@@ -836,28 +873,34 @@ def train_agent(job):
 
     def loss_fn(draws):
         # the last rows show their task being done and are cloned, the others are anywhere
-        B, T = window(job.train, draws.step, job.steps)
-        others = B - min(round(RELEVANT * B / PROCESSES) * PROCESSES, B - PROCESSES)
+        B, T = batch_shape(job.train, draws.step, job.steps)
+        n = min(round(RELEVANT * B / PROCESSES), B // PROCESSES - 1)    # in each process
+        others = B - n * PROCESSES
         kinds = recordings.anywhere(others, T)
         kinds += recordings.with_event(B - others, T, cfg.prompt_order)
-        batch, cloned = recordings.read(draws.rng, kinds), torch.arange(B) >= others
+        batch = recordings.read(draws.rng, kinds)
+        cloned = torch.arange(B) >= others
         single = torch.from_numpy(draws.rng.random(B) < dyn.single_images) & ~cloned
 
-        # the others have the dynamics' loss; the policy will act on committed frames
-        tau, d = sample_tau_d(B, T, dyn.k_max, round(dyn.p_boot * others), draws.host)
+        # the others have the dynamics' loss; the policy will act on committed frames, so
+        # cloned rows are shown as such, and a quarter of the others for the reward head
+        tau, d = sample_tau_d(B, T, dyn.k_max, round(dyn.p_boot * others), draws.levels)
         if cfg.bc_level == "context":
             as_context = torch.arange(B) >= others - others // 4
             tau, d = show_as_context(tau, d, as_context[:, None], dynamics)
-        levels = tau, d, frame_weight(tau, dyn) * ~cloned[:, None]
+        weight = torch.where(cloned[:, None], 0.0, frame_weight(tau, dyn))
 
+        # the reward head is asked about the task, the agent token told it as a prompt
         batch = batch._replace(single=single).rows(MINE).to(job.device)
-        told = batch._replace(task=agent.prompt(batch.task))
-        losses, h, metrics = dynamics_losses(dynamics, told, *(x[MINE] for x in levels),
-                                             draws.device)
+        prompted = batch._replace(task=agent.prompt(batch.task))
+        losses, h, metrics = dynamics_losses(dynamics, prompted, tau[MINE], d[MINE],
+                                             weight[MINE], draws.noise)
         more, more_metrics = agent_losses(agent, h, batch, cloned[MINE].to(job.device))
+        if not cfg.pretrained:
+            losses = {}
         if (draws.step + 1) % SAVE_EVERY == 0:
             metrics |= imitation_check(job, recordings, dynamics, agent)
-        return {**(losses if cfg.pretrained else {}), **more}, {**metrics, **more_metrics}
+        return {**losses, **more}, {**metrics, **more_metrics}
 
     modules, train = [dynamics, agent], job.train
     optimizers = make_optimizers(modules, train.lr_matrix / 2, train.lr / 2)
@@ -869,7 +912,8 @@ def train_agent(job):
 def train_imagine(job):
     """Section 3.3, Eq. 10 and 11: policy and value head learn from imagined rollouts alone.
     Every process computes all of it."""
-    run, cfg = open_stage(job, "agent"), AgentConfig(**job.configs["agent"])
+    run = open_stage(job, "agent")
+    cfg = AgentConfig(**job.configs["agent"])       # with what the agent stage fixed
     if cfg.k > run.dynamics.cfg.k_max:
         raise UserError(f"Got agent.k {cfg.k}, need at most the dynamics' k_max, "
                         f"{run.dynamics.cfg.k_max}.")
@@ -882,23 +926,23 @@ def train_imagine(job):
     world = freeze(copy.deepcopy(run.dynamics), job.device, job.args.dtype)
     if train.compile:
         compile_module(world, job.device)
-    ordered = 1.0 if cfg.practice == "prompt_order" else 0.0
+    ordered = 1.0 if cfg.imagined_tasks == "prompt_order" else 0.0
     n = round(RELEVANT * train.imagine_batch)
     if ordered and run.spec.prompt_order:
         recordings.prompts = play.prompts_along(job.dataset)
 
     def loss_fn(draws):
-        # n contexts have their event in the frames to be imagined, none has it behind it
+        # n contexts have their event in the frames to be imagined
         ahead = (cfg.context, cfg.context + cfg.horizon - 1)
         kinds = recordings.anywhere(train.imagine_batch - n, cfg.context)
         kinds += recordings.with_event(n, cfg.context, ordered, ahead)
         batch = recordings.read(draws.rng, kinds).to(job.device)
-        told = batch._replace(task=agent.prompt(batch.task))
-        dream = dream_of(world, agent, draws.device)
-        rollout = imagine_rollout(dream, agent, told, cfg.horizon)
+        prompted = batch._replace(task=agent.prompt(batch.task))
+        dream = dream_of(world, agent, draws.noise)
+        rollout = imagine_rollout(dream, agent, prompted, cfg.horizon)
         task = batch.task[:, -1]
         losses, metrics = imagination_losses(agent, rollout.h, rollout.actions, task)
-        if draws.step < VALUE_FIRST:        # a value of 0 would call every action good
+        if draws.step < min(VALUE_FIRST, job.steps // 3):
             del losses["policy"]
         return losses, metrics
 

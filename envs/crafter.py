@@ -112,7 +112,7 @@ def in_cave(semantic):
 
 def in_sight(before, after):
     """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be
-    known, bool (N, 9, 7): `before` showed it too; and what it showed there (N, 9, 7)."""
+    visible, bool (N, 9, 7): `before` showed it too; and what it showed there (N, 9, 7)."""
     moved = after["probe_player"][:, 2:].astype(int) - before["probe_player"][:, 2:]
     dx, dy = moved.T[:, :, None, None]               # (N, 1, 1) each
     column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy       # as `before` has it
@@ -237,14 +237,14 @@ class CrafterReader:
                     "inventory": ((held & (items == have)).sum(1), held.sum(1))}
         # a copy of the last frame shown gets those cells wrong that have changed
         day &= shown["probe_player"][:, 1] == 0      # asleep, it saw little
-        known = in_sight(shown, true)[0].reshape(-1, 63) & day[:, None]
-        changed = known & (shown["probe_semantic"].reshape(-1, 63) != cells)
+        visible = in_sight(shown, true)[0].reshape(-1, 63) & day[:, None]
+        changed = visible & (shown["probe_semantic"].reshape(-1, 63) != cells)
         # a true positive has the item and the number that an action changed
         before = shown["probe_inventory"].astype(int)
         real, dreamed = caused(have - before), caused(items - before)
         true_positives = (real & dreamed & (have == items)).sum(1)
-        return {"known_cells": ((known & right).sum(1), known.sum(1)),
-                "wrong_cells": ((known & ~right).sum(1), changed.sum(1)),
+        return {"visible_cells": ((visible & right).sum(1), visible.sum(1)),
+                "wrong_cells": ((visible & ~right).sum(1), changed.sum(1)),
                 "changed_cells": ((changed & right).sum(1), changed.sum(1)),
                 "inventory_f1": (2 * true_positives, real.sum(1) + dreamed.sum(1))}
 
@@ -626,10 +626,10 @@ def try_script(env, kind, script):
         axis = 0 if script.actions[0] in ("move_left", "move_right") else 1
         share = (np.diff(cells[0], axis=axis) != 0).mean()
     else:
-        known = in_sight({k: x[:1].repeat(len(rows), 0) for k, x in probes.items()},
+        visible = in_sight({k: x[:1].repeat(len(rows), 0) for k, x in probes.items()},
                          {k: x[1:] for k, x in probes.items()})[0]
-        changed = (known & (cells[1:] != cells[0])).sum((1, 2))
-        share = (changed / np.maximum(known.sum((1, 2)), 1)).max()
+        changed = (visible & (cells[1:] != cells[0])).sum((1, 2))
+        share = (changed / np.maximum(visible.sum((1, 2)), 1)).max()
     return rows if share > 0.2 else None
 
 
@@ -675,8 +675,8 @@ def record_interactions(path, each=20, context=16, worlds=150, seed=40_000):
 
 def judge(reader, kind, dreamed, real, before, after):
     """Do dreamed frames (N, H, W, 3) show the outcome of real ones? bool (N,): the player,
-    all items' counts, all cells that were altered and 9 in 10 of the known cells are right.
-    before, after: probes of the last frame shown and of the outcome."""
+    all items' counts, all cells that were altered and 9 in 10 of the visible cells are
+    right. before, after: probes of the last frame shown and of the outcome."""
     light, asleep = after["probe_player"][:, 0] / 255, after["probe_player"][:, 1] > 0
     texture, items, _ = reader.read(dreamed, light, asleep)
     player = texture[:, 4, 3] == reader.read(real, light, asleep)[0][:, 4, 3]
@@ -689,12 +689,12 @@ def judge(reader, kind, dreamed, real, before, after):
     by_action = caused(true - before["probe_inventory"]) | (np.arange(16) >= 4)
     right_items = ((items == true) | ~by_action).all(1)
     # cells that look different; a stone where the player stood, whose ground was hidden
-    known, was = in_sight(before, after)
+    visible, was = in_sight(before, after)
     now = after["probe_semantic"]
     right = reader.semantic[texture] == now
     under = before["probe_semantic"].copy()
     under[:, 4, 3] = 2
     placed = in_sight({**before, "probe_semantic": under}, after)[0] & (now == 3)
-    altered = (known & (was != now)) | (placed & ~known)
-    most = (known & right).sum((1, 2)) >= 0.9 * known.sum((1, 2))
+    altered = (visible & (was != now)) | (placed & ~visible)
+    most = (visible & right).sum((1, 2)) >= 0.9 * visible.sum((1, 2))
     return player & right_items & (right | ~altered).all((1, 2)) & most

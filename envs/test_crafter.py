@@ -203,11 +203,11 @@ def test_cells_in_sight_follow_the_walk():
                 "probe_player": np.array([[255, 0, x, y]], np.uint8)}
 
     for x, y in ((11, 10), (9, 10), (10, 12), (10, 10), (30, 10)):
-        known, was = crafter.in_sight(probe(10, 10), probe(x, y))
+        visible, was = crafter.in_sight(probe(10, 10), probe(x, y))
         for i, j in np.ndindex(9, 7):
             there = (x + i - 10, y + j - 10)
             inside = 0 <= there[0] < 9 and 0 <= there[1] < 7
-            assert known[0, i, j] == (inside and world[x + i, y + j] <= 12)
+            assert visible[0, i, j] == (inside and world[x + i, y + j] <= 12)
             assert not inside or was[0, i, j] == world[x + i, y + j]
 
 
@@ -222,9 +222,9 @@ def test_compare_of_truth_and_of_standing_still(film, reader):
     true, shown = at(probes, slice(1, 110)), at(probes, slice(0, 109))
     right = total(reader.compare(frames[1:110], true, shown))
     copied = total(reader.compare(frames[:109], true, shown))
-    for name in ("known_cells", "changed_cells", "inventory_f1"):
+    for name in ("visible_cells", "changed_cells", "inventory_f1"):
         assert right[name][0] == right[name][1] > 10 and copied[name][0] < copied[name][1]
-    assert right["wrong_cells"][0] == 0 and right["known_cells"][1] > 1000
+    assert right["wrong_cells"][0] == 0 and right["visible_cells"][1] > 1000
     assert copied["wrong_cells"][0] == copied["wrong_cells"][1]     # it is the baseline
     assert copied["changed_cells"][0] == copied["inventory_f1"][0] == 0
     change = np.zeros((1, 16), int)

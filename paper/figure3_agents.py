@@ -1,4 +1,4 @@
-"""Figures 3 and 4: does practice in imagination beat imitation?
+"""Figures 3 and 4: does imagination beat imitation?
 
 The paper: success and time of milestones, by how an agent was trained. Here: of
 achievements, in the same worlds for all, which nobody trained on; paired gains, tests with
@@ -181,7 +181,8 @@ def evaluate_imagination(run, name, dataset, dtype="auto", per_episode=CLIPS):
     """Does what an agent imagines come true? It dreams as in training, on from reference
     clips under the prompts of then; the simulator takes the same actions. Rows: share of
     clips in which the task is done by the reward head in the dream, by the head on the
-    simulator's frames, and in truth; of the imagined ones those that are true."""
+    simulator's frames, and in the ground truth; of the imagined ones those that are
+    true."""
     agent, device = run.agent, run.device
     C, H = agent.cfg.context, agent.cfg.horizon
     clips = reference_clips(dataset, per_episode, C + H, device)

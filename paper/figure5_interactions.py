@@ -65,7 +65,7 @@ def try_interaction(run, dataset, kind, dtype="auto", sampler=AS_TRAINED):
 def evaluate_interactions(run, dataset, dtype="auto", sampler=AS_TRAINED):
     """-> rows by kind and their mean, and {kind: picture}."""
     cfg, rows, pictures, passed = run.dynamics.cfg, [], {}, []
-    told = ", told d_min" if (sampler.step_label or cfg.step_label) == "min" else ""
+    told = ", step_label min" if (sampler.step_label or cfg.step_label) == "min" else ""
     name = f"K = {sampler.k or cfg.k}{told}"
     for kind in sorted(set(dataset.settings["kinds"])):
         good, pictures[kind] = try_interaction(run, dataset, kind, dtype, sampler)

@@ -1,4 +1,4 @@
-"""Figure 7: how many actions must be known to learn what actions do?
+"""Figure 7: how many actions must be labelled to learn what actions do?
 
 The paper: actions of 0.4 or 4 % of the hours bring 53 and 85 % of the PSNR that all actions
 bring; those of the Overworld alone 76 % in Nether and End. Here: dynamics on one tokenizer
@@ -93,7 +93,7 @@ def main():
     rows = evaluate_labels(runs, reference_of(folder), args.dtype)
     results.save("figure7_labels", rows)
     results.chart([row for row in rows if row.name == "share_of_gap"], "labelled",
-                  "measure", "0: no actions known, 1: all", "figure7_labels.png")
+                  "measure", "0: no actions labelled, 1: all", "figure7_labels.png")
 
 
 if __name__ == "__main__":

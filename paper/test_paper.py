@@ -79,8 +79,8 @@ def test_agents_are_data_on_the_command_line(tmp_path):
     for name in ("seed0", "seed1"):
         (tmp_path / name).mkdir()
     (tmp_path / "seed1" / "agent.pt").touch()
-    bc = figure3_agents.parse_agent("BC, cold=seed*:agent@0.5", tmp_path / "x")
-    assert bc == ("BC, cold", [tmp_path / "seed1"], "agent", 0.5)
+    bc = figure3_agents.parse_agent("BC, low T=seed*:agent@0.5", tmp_path / "x")
+    assert bc == ("BC, low T", [tmp_path / "seed1"], "agent", 0.5)
     for text in ("BC=seed0:agent", "BC=seed1:imagine", "BC=seed1:agent@0", "BC=seed1"):
         with pytest.raises(UserError, match="NAME=RUNS:STAGE"):
             figure3_agents.parse_agent(text, tmp_path / "x")
