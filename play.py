@@ -764,7 +764,15 @@ def markdown_table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def headlines(folder):
+    """Of a run's results what one looks at first, as a table; report.md has all."""
+    names = ("tokenizer_psnr", "gain_over_copying", "gain_over_shuffled", "achievements",
+             "achievements_gain", "wall_minutes")
+    return results_table([row for row in read_results(folder) if row.name in names])
+
+
 def results_table(results):
+    """Rows of results.json -> markdown."""
     rows = []
     for r in sorted(results, key=lambda r: (r.name, str(r.of))):
         interval = "" if r.low is None else f"{r.low:.3g} to {r.high:.3g}"
@@ -1221,7 +1229,7 @@ def main():
         else:
             evaluate(args.run, device, args.dtype, args.episodes, args.length,
                      args.agents.split(","), sampler)
-        print(results_table(read_results(args.run)))
+        print(headlines(args.run))
     else:
         if args.actions is not None:
             film = film_actions(args)

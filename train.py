@@ -1038,8 +1038,9 @@ def finish(job):
         recorded = play.find(play.read_results(folder), "wall_minutes", {"part": "record"})
         seconds["total"] = sum(seconds.values()) + 60 * recorded.value
         note_minutes(folder, seconds)
-        print(play.results_table(play.read_results(folder)))
-    print(f"Done. Look at {play.write_report(folder)} and its pictures.")
+        print(play.headlines(folder))
+    report = play.write_report(folder)
+    print(f"Done. Look at {report} and its pictures.")
 
 
 def main():
