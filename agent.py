@@ -454,7 +454,7 @@ class Run:
     tokenizer: Tokenizer
     dynamics: Dynamics = None
     agent: Agent = None
-    meta: dict = None           # step, commit, config, dataset, provenance, seconds
+    meta: dict = None           # step, commit, config, provenance, made_with, seconds
 
     @property
     def device(self):
@@ -476,7 +476,7 @@ def find_checkpoint(path, stage=None):
 def build_run(path, state):
     """The modules of a checkpoint's dict, with their weights."""
     spec, config = EnvSpec.from_json(state["spec"]), state["config"]
-    names = ("step", "commit", "config", "dataset", "provenance", "seconds")
+    names = ("step", "commit", "config", "provenance", "made_with", "seconds")
     run = Run(path, state["stage"], spec, Tokenizer(TokenizerConfig(**config["tokenizer"])),
               meta={name: state[name] for name in names if name in state})
     if "dynamics" in state:

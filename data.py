@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -20,9 +21,10 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 import types
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -172,6 +174,13 @@ class EnvSpec:
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
 
+    def __post_init__(self):
+        asked = [task for task, _ in self.prompt_order]
+        for task in (*asked, *self.achievements):
+            if task not in self.tasks:
+                raise UserError(f"a prompt or achievement {task!r} of {self.name}",
+                                f"one of its tasks {self.tasks}", "correct its EnvSpec")
+
     def to_json(self):
         return json.loads(json.dumps(asdict(self)))           # lists for tuples
 
@@ -209,16 +218,70 @@ def make_env(name):
               (N, ...); shown: those of the last frame shown, None for reconstructions
     """
     head, _, argument = name.partition(":")
-    try:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())                # a module beside the command's user
+    with users_code(name):
         if (ENVS / f"{head}.py").is_file():
-            return importlib.import_module(f"envs.{head}").make(argument)
-        return getattr(importlib.import_module(head), argument)()
+            return CheckedEnv(importlib.import_module(f"envs.{head}").make(argument))
+        found = None
+        with suppress(ImportError, ValueError):     # no package of that name, no name
+            found = importlib.util.find_spec(head)
+        if not found or not hasattr(importlib.import_module(head), argument):
+            raise UserError(f"environment {name!r}", "a world of envs/ or an importable "
+                            "'module:Class'", "check it, install what is missing")
+        return CheckedEnv(getattr(sys.modules[head], argument)())
+
+
+@contextmanager
+def users_code(name):
+    """What goes wrong in the code of a world is shown whole, and then said in one line."""
+    try:
+        yield
     except UserError:
         raise
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"environment {name!r} ({error})", "a world of envs/ or an "
-                        "importable 'module:Class'", "check it, install what is missing"
-                        ) from None
+    except Exception as error:
+        traceback.print_exc()
+        raise UserError(f"{type(error).__name__} in the environment {name}: {error}",
+                        "one that runs", "see the traceback above") from None
+
+
+class CheckedEnv:
+    """A world whose answers are what its spec says, and copies: some draw all their frames
+    into one buffer. Whatever else the world has it has too."""
+
+    def __init__(self, env):
+        self.env, self.spec = env, env.spec
+
+    def __getattr__(self, name):
+        if name == "env" or name.startswith("__"):  # subtle: asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def reset(self, seed):
+        with users_code(self.spec.name):
+            return self.checked("a frame", self.env.reset(seed), np.uint8)
+
+    def step(self, action):
+        action = np.array(action, np.float32)
+        self.checked("an action", action, np.float32)
+        with users_code(self.spec.name):
+            frame, events, terminal = self.env.step(action)
+            events = np.clip(self.checked("events", events, None), 0, 255).astype(np.uint8)
+            return self.checked("a frame", frame, np.uint8), events, bool(terminal)
+
+    def checked(self, what, x, dtype):
+        """A copy of x. UserError: it has another shape, or another dtype than this one."""
+        shape = {"a frame": (self.spec.height, self.spec.width, 3),
+                 "an action": (self.spec.actions.width,), "events": (len(self.spec.tasks),)}
+        try:
+            x = np.array(x)
+        except ValueError:                          # a tuple of different things
+            x = np.array(None)
+        if x.shape != shape[what] or dtype not in (None, x.dtype):
+            raise UserError(f"{what} {x.dtype}{x.shape} of {self.spec.name}",
+                            f"{np.dtype(dtype) if dtype else ''}{shape[what]}",
+                            "correct its reset, step or player")
+        return x
 
 
 def controls(env):
@@ -527,7 +590,7 @@ class Dataset:
             if n != length:
                 raise UserError(f"{n} frames in {episode_path(self.path, i)}", length,
                                 "restore the file or record again")
-        self.rows = functools.lru_cache(256)(self.rows)       # bounds the open files
+        self.rows = functools.lru_cache(128)(self.rows)       # bounds the open files
         self.windows_with_event = functools.cache(self.windows_with_event)
 
     def rows(self, i):
@@ -625,9 +688,10 @@ def play_episode(env, seed, index, length, skill):
     continues = True
     while continues and len(rows) < length:
         action = player.act() if player else env.spec.actions.sample(rng)
+        action = np.array(action, np.float32)       # the player may use its array again
         frame, events, terminal = env.step(action)
         continues = not terminal
-        rows.append((frame, action, np.asarray(events) > 0, continues, probe()))
+        rows.append((frame, action, events > 0, continues, probe()))
     *columns, probes = zip(*rows, strict=True)
     probes = {name: np.stack([probe[name] for probe in probes]) for name in probes[0]}
     return Episode(*map(np.stack, columns), probes=probes)

@@ -113,6 +113,42 @@ class OpenEnv(PaintEnv):
         return super().reset(seed)
 
 
+class BufferEnv(PaintEnv):
+    """PaintEnv that draws into one array, as emulators do; its player moves one action."""
+
+    def paint(self, action):
+        self.buffer = getattr(self, "buffer", np.zeros((8, 12, 3), np.uint8))
+        self.buffer[:] = super().paint(action)
+        return self.buffer
+
+    def player(self, rng, skill):
+        action = self.spec.actions.zeros()
+
+        def act():
+            action[:] = self.spec.actions.sample(rng)
+            return action
+        return SimpleNamespace(act=act)
+
+
+class OddEnv(PaintEnv):
+    """PaintEnv whose answers aren't what its spec says."""
+    frame, events = staticmethod(lambda x: x), staticmethod(lambda x: x)
+
+    def reset(self, seed):
+        return self.frame(super().reset(seed))
+
+    def step(self, action):
+        frame, events, terminal = super().step(action)
+        return self.frame(frame), self.events(events), terminal
+
+
+ODD = {"floats": ("frame", lambda x: x / 255), "int16": ("frame", lambda x: x.astype("i2")),
+       "rgba": ("frame", lambda x: np.pad(x, ((0, 0), (0, 0), (0, 1)))),
+       "grey": ("frame", lambda x: x[..., 0]), "pair": ("frame", lambda x: (x, {})),
+       "one event": ("events", lambda x: 0.0),
+       "three events": ("events", lambda x: [0, 0, 0])}
+
+
 class FaultyEnv(PaintEnv):
     """PaintEnv that its user has to put right (class 1), or whose process dies (2)."""
 
@@ -293,6 +329,58 @@ def test_a_worker_that_fails_is_one_error(action, message):
         env.reset()
         with pytest.raises(UserError, match=message):
             env.step(np.full((2, 4), action))
+
+
+def test_worlds_that_draw_into_one_buffer_are_recorded_frame_by_frame(tmp_path):
+    """Fails if a frame, or an action that a player uses again, is kept without a copy."""
+    env = BufferEnv()
+    assert env.reset(1) is env.step(env.spec.actions.zeros())[0]            # control
+    dataset = data.record(f"{__name__}:BufferEnv", tmp_path, 1, 9, 1, workers=1)
+    rows, plain = dataset.rows(0), PaintEnv()
+    frames = [plain.reset(1)] + [plain.step(action)[0] for action in rows["actions"][1:]]
+    assert (rows["frames"] == frames).all() and len(np.unique(rows["actions"], axis=0)) > 5
+    with data.VecEnv(f"{__name__}:BufferEnv", [1, 2], workers=1) as worlds:
+        first = worlds.reset()
+        kept = first.copy()
+        worlds.step(np.ones((2, 4)))
+        assert (first == kept).all()
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_answers_other_than_the_spec_says_are_refused_at_once(odd, monkeypatch):
+    """Fails if floats become black, int16 wraps, or another shape is found later."""
+    monkeypatch.setattr(OddEnv, ODD[odd][0], staticmethod(ODD[odd][1]))
+    env = data.make_env(f"{__name__}:OddEnv")
+    with pytest.raises(UserError, match=r"got (a frame|events) .*need .*do: correct"):
+        env.reset(1)
+        env.step(env.spec.actions.zeros())
+
+
+def test_events_are_counts_that_do_not_wrap(monkeypatch):
+    """Fails if 256 events of one step become none."""
+    monkeypatch.setattr(OddEnv, "events", staticmethod(lambda x: np.array([256, 0])))
+    env = data.make_env(f"{__name__}:OddEnv")
+    env.reset(1)
+    assert env.step(env.spec.actions.zeros())[1].tolist() == [255, 0]
+    with pytest.raises(UserError, match="an action"):
+        env.step(np.zeros(3))
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_order": (("fuor", 1),)},
+                                   {"achievements": ("fuor",)}])
+def test_a_task_that_is_none_is_refused_by_the_spec(wrong):
+    """Fails if a typing error in a prompt is found in the last evaluation."""
+    with pytest.raises(UserError, match="fuor"):
+        replace(PaintEnv().spec, **wrong)
+
+
+def test_an_error_in_a_world_shows_its_traceback_and_one_line(monkeypatch, capfd):
+    """Fails if a user can't see where his own code went wrong, or an OSError of his is
+    called a full disk."""
+    monkeypatch.setattr(OddEnv, "frame", staticmethod(lambda x: os.stat("/nowhere")))
+    with pytest.raises(UserError, match="FileNotFoundError in the environment paint"):
+        data.make_env(f"{__name__}:OddEnv").reset(1)
+    assert "Traceback" in (shown := capfd.readouterr().err) and "test_" in shown
 
 
 def test_half_written_episodes_are_recorded_again(tmp_path):
@@ -1983,13 +2071,19 @@ def retrain(*stages, flags=()):
 
 AGAIN, OTHER = ("--resume", "no"), ("--data.path", "datasets/other")
 # what is broken in a copy of the finished run (w: its folder, r: the run), the flags of
-# train.py afterwards, and what the one line must say; faults of datasets: test_data.py
+# train.py afterwards, and what the one line must say; faults of datasets: above
 FAULTS = {
     "no dataset": (None, (*NEW, "--data.path", "nowhere"), "without a dataset.json"),
     "episode corrupted": (lambda w, r: [break_file(x) for x in (w / EPISODES).glob("*.npy")
                                         ], (*NEW, *PLAY), "changed bytes"),
     "other actions": (lambda w, r: other_play(w, NUMBERS), of("dynamics", *OTHER),
                       "Got actions {'classes'"),
+    "judged by what it learns": (None, (*NEW, *PLAY, "--data.reference", EPISODES),
+                                 "to train on and as --data.reference"),
+    "another seed": (None, of("tokenizer", "--seed", 3), "Got --seed 3, but runs/base"),
+    "other steps": (None, of("dynamics", "--train.dynamics_steps", 9),
+                    "Got --train.dynamics_steps 9, but runs/base/dynamics.pt"),
+    "other labels": (None, of("dynamics", "--data.labels", 0.5), "Got --data.labels 0.5"),
     "episodes too short": (lambda w, r: other_play(w, length=5), (
         *NEW, *OTHER, "--train.tokenizer_length", 6), "episodes as long, not 5"),
     "no held-out episode": (lambda w, r: other_play(w, episodes=1), (*NEW, *OTHER),

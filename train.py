@@ -39,8 +39,8 @@ import play
 from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast, dream_of,
                    freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
                    pick_device, pick_dtype, save_checkpoint)
-from data import (Dataset, UserError, Windows, check_config, read_json, record, rng_for,
-                  run_cli, this_command, world_presets, write_json, write_whole)
+from data import (Dataset, UserError, Windows, check_config, make_env, read_json, record,
+                  rng_for, run_cli, this_command, world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
                       ramp_weight, sample_tau_d, show_as_context)
 from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
@@ -159,7 +159,7 @@ def make_parser(presets):
     add("--preset", choices=presets, help="default: gpu with CUDA, else cpu")
     add("--run", help="default: the environment's name")
     add("--base", metavar="RUN", help="take the stages before --stage from this run")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="default 0")
     add("--device", default="auto", help="auto: cuda, then mps, then cpu")
     add("--dtype", default="auto", help="auto, bf16, fp16, fp32")
     add("--resume", choices=("auto", "no", "anyway"), default="auto", help="no: train "
@@ -181,7 +181,9 @@ def parse(argv=None):
     args = make_parser(presets).parse_args(argv)
     on_gpu = pick_device(args.device).type == "cuda"
     args.preset = args.preset or ("gpu" if on_gpu else "cpu")
-    args.given = {name: value for name, value in vars(args).items() if "." in name}
+    args.given = {name: value for name, value in vars(args).items()
+                  if "." in name or (name == "seed" and value is not None)}
+    args.seed = args.given.get("seed", 0)
     chosen = {**presets[args.preset], **args.given}
     for prefix, config in CONFIGS.items():
         configs[prefix] = {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
@@ -409,7 +411,7 @@ def replay(job, compute, total_of):
         losses, _ = compute(make_draws(job, job.args.replay))
     total_of(losses).backward()
     print(f"step {job.args.replay} with the weights of the last checkpoint:",
-          ", ".join(f"{name} {float(loss):.6g}" for name, loss in losses.items()))
+          ", ".join(f"{name} {loss.item():.6g}" for name, loss in losses.items()))
     for name, p in compute.named_parameters():
         if p.grad is not None:
             print(f"  gradient norm of {name}: {float(p.grad.norm()):.6g}")
@@ -567,7 +569,7 @@ def save_stage(job, **modules):
     with contextlib.suppress(OSError):      # no git on this machine
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     state = {"stage": job.stage, "step": job.steps, "commit": commit, "config": job.configs,
-             "provenance": job.provenance, "dataset": job.dataset.fingerprint,
+             "provenance": job.provenance, "made_with": made_with(job),
              "spec": job.dataset.spec.to_json(), "seconds": time.perf_counter() - job.began,
              **{name: module.state_dict() for name, module in modules.items()}}
     with in_turn():
@@ -595,6 +597,15 @@ def open_stage(job, stage):
                                 "leave the flag out, or train from there on again.")
         job.configs[prefix].update(saved)
     return run
+
+
+def refuse_flags(job, run):
+    """UserError where a flag contradicts what a finished stage was trained with."""
+    for name, value in job.args.given.items():
+        made = run.meta["made_with"].get(name, value)
+        if made != value:
+            raise UserError(f"Got --{name} {value}, but {run.path} was trained with "
+                            f"{made}: take another --run, or --resume no trains it again.")
 
 
 def take_stages(base, folder, stage):
@@ -984,9 +995,10 @@ def run_stage(job, stage):
         rng = rng_for(job.args.seed, f"{stage} weights", 0)
         torch.manual_seed(int(rng.integers(2 ** 31)))
         TRAINERS[stage](job)
-    else:
-        print(f"Stage {stage}: {final} is there; --resume no trains it again.")
     run = open_stage(job, stage)            # reads back what was written
+    if not trained:
+        print(f"Stage {stage}: {final} is there; --resume no trains it again.")
+        refuse_flags(job, run)
     if RANK == 0 and (trained or not (job.folder / f"{stage}_curves.png").exists()):
         write_json(job.folder / "config.json", job.configs)
         pictures(job, run)
@@ -997,6 +1009,23 @@ def note_minutes(folder, seconds):
     rows = [play.Result("wall_minutes", s / 60, None, None, 1, "min", {"part": part})
             for part, s in seconds.items()]
     play.add_results(folder, this_command(), rows)
+
+
+def check_recordings(data, dataset, reference):
+    """UserError where recordings can't be trained on, or judge what they taught."""
+    spec = make_env(data.env).spec.to_json()
+    for recorded in (dataset, reference):
+        then = recorded.spec.to_json()
+        for key in (key for key in spec if spec[key] != then[key]):
+            raise UserError(f"Got {key} {spec[key]} of {data.env}, the recordings in "
+                            f"{recorded.path} have {then[key]}: name their --data.env, or "
+                            "delete them to record them again.")
+    if reference.path.resolve() == dataset.path.resolve():
+        raise UserError(f"Got {dataset.path} to train on and as --data.reference, need "
+                        "another dataset to judge by: record one with another seed.")
+    if not len(dataset.episodes("valid")):
+        raise UserError(f"Got 1 episode in {dataset.path}, which leaves none to hold out, "
+                        "need at least 2: record more.")
 
 
 def prepare(args, configs, device):
@@ -1015,14 +1044,13 @@ def prepare(args, configs, device):
             take_stages(Path("runs") / args.base, folder, args.stage)
         if not data.path:
             record(data.env, path, data.episodes, data.length, 0)
-        play.reference_set(data.env, data.reference_episodes, data.length, data.reference)
+        reference = play.reference_set(data.env, data.reference_episodes, data.length,
+                                       data.reference)
         of = {"part": "record"}
         if RANK == 0 and not play.find(play.read_results(folder), "wall_minutes", of):
             note_minutes(folder, {"record": time.perf_counter() - begin})
     dataset = Dataset(path)
-    if not len(dataset.episodes("valid")):
-        raise UserError(f"Got 1 episode in {path}, which leaves none to hold out, need at "
-                        "least 2: record more.")
+    check_recordings(data, dataset, reference)
     return Job(args, folder, configs, data, train, device, dataset)
 
 

@@ -482,7 +482,7 @@ def test_minerl_adapter(capsys):
     assert "the game is gone" in capsys.readouterr().err
     env.game.broken = False
     env.reset(7)
-    env.steps = env.limit - 2
+    env.env.steps = env.limit - 2
     assert [env.step(press())[2] for _ in range(2)] == [False, True] and env.limit == 72_000
 
 

@@ -89,7 +89,9 @@ def take(folder, name):
     if not path.exists():
         raise UserError(f"Got {folder} without results.json, need a run that is evaluated: "
                         f"'python play.py eval --run {folder}'.")
-    about = {"commit": load_run(folder).meta["commit"], "machine": machine(), "seeds": [],
+    meta = load_run(folder).meta
+    about = {"commit": meta["commit"], "machine": machine(),
+             "seeds": [meta["made_with"]["seed"]],
              "date": str(datetime.date.fromtimestamp(path.stat().st_mtime))}
     write_rows(name, [row | about for row in read_json(path)])
 
