@@ -355,7 +355,7 @@ def receive(pipe):
     return answer
 
 
-def count_workers(workers, jobs):
+def count_workers(workers, jobs=1 << 20):
     """`workers`, or (0) one for each core that we may use; no more than there are jobs."""
     if workers <= 0:
         affinity = getattr(os, "sched_getaffinity", None)     # only where Linux has it

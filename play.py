@@ -39,8 +39,8 @@ from tqdm import tqdm
 from agent import (STAGES, autocast, freeze, dream_of, imagine_rollout, load_run,
                    pick_device, pick_dtype, sample_action, split_logits)
 from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, controls, copy_env,
-                  finish_dataset, make_env, play_episode, read_json, record, run_cli,
-                  this_command, write_episode, write_json, write_whole)
+                  count_workers, finish_dataset, make_env, play_episode, read_json, record,
+                  run_cli, this_command, write_episode, write_json, write_whole)
 from dynamics import Batch, Dream
 from tokenizer import Cache
 
@@ -102,9 +102,14 @@ def find(rows, name, of=None):
 
 def add_results(folder, command, rows):
     """Add rows to results.json, in place of those of equal name and `of`."""
+    def finite(x):                      # JSON knows neither nan nor inf
+        return x if x is not None and np.isfinite(x) else None
+
     kept = [row for row in read_results(folder) if not find(rows, row.name, row.of)]
-    rows = [*kept, *(row._replace(command=command) for row in rows)]
-    write_json(Path(folder) / "results.json", [row._asdict() for row in rows])
+    for row in rows:
+        kept.append(row._replace(value=finite(row.value), low=finite(row.low),
+                                 high=finite(row.high), command=command))
+    write_json(Path(folder) / "results.json", [row._asdict() for row in kept])
 
 
 def read_metrics(folder):
@@ -198,8 +203,9 @@ def squared_error(x_hat, x):
 
 
 def decibel(error, axis=0):
-    """PSNR from the mean squared error over all clips (not a mean of decibels)."""
-    return -10 * np.log10(np.mean(error, axis))
+    """PSNR, at most 99 dB, of the mean squared error over all clips (not a mean of
+    decibels)."""
+    return -10 * np.log10(np.maximum(np.mean(error, axis), 10 ** -9.9))
 
 
 def gain(error, other, axis=0):
@@ -777,7 +783,8 @@ def results_table(results):
     for r in sorted(results, key=lambda r: (r.name, str(r.of))):
         interval = "" if r.low is None else f"{r.low:.3g} to {r.high:.3g}"
         of = ", ".join(map(str, r.of.values()))
-        rows.append((r.name, of, f"{r.value:.4g}", interval, r.n, r.unit))
+        value = "" if r.value is None else f"{r.value:.4g}"
+        rows.append((r.name, of, value, interval, r.n, r.unit))
     return markdown_table(("measure", "of", "value", "95 % interval", "n", "unit"), rows)
 
 
@@ -1162,7 +1169,8 @@ def open_session(args):
 
 
 def serve(args):
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))   # the browser needs some
+    if "OMP_NUM_THREADS" not in os.environ:     # the browser needs some cores, too
+        torch.set_num_threads(max(1, count_workers(0) // 2))
     with open_server(open_session(args), args.port) as server:
         port = server.server_address[1]
         print(f"Play at http://127.0.0.1:{port} (Ctrl-C ends it; from another machine: "
@@ -1189,6 +1197,13 @@ def film_actions(args):
     return np.stack(session.film)
 
 
+def positive(text):
+    """A whole number from 1, of the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number from 1")
+    return int(text)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1200,14 +1215,14 @@ def make_parser():
     add("--open", action="store_true", help="serve: open the browser")
     add("--actions", help="dream: words like 'right right do', from one start")
     add("--agents", default=",".join(AGENTS), help="eval: which agents")
-    add("--episodes", type=int, default=200, help="eval: episodes of each agent")
-    add("--length", type=int, default=500, help="eval: steps of an episode")
+    add("--episodes", type=positive, default=200, help="eval: episodes of each agent")
+    add("--length", type=positive, default=500, help="eval: steps of an episode")
     add("--world-only", action="store_true", help="eval: skip the agents")
     add("--out", help="dream: .gif or .mp4, default RUN/dream.gif")
-    add("--k", type=int, help="eval, dream: sampling steps, default the run's")
+    add("--k", type=positive, help="eval, dream: sampling steps, default the run's")
     add("--step_label", choices=("own", "min"), help="eval, dream: step told, 1/K or d_min")
-    add("--clips", type=int, default=4, help="dream: pairs side by side")
-    add("--horizon", type=int, default=32, help="dream: imagined frames")
+    add("--clips", type=positive, default=4, help="dream: pairs side by side")
+    add("--horizon", type=positive, default=32, help="dream: imagined frames")
     add("--seed", type=int, default=0, help="dream: seed of the noise, or world")
     add("--device", default="auto")
     add("--dtype", default="auto")
@@ -1231,13 +1246,15 @@ def main():
                      args.agents.split(","), sampler)
         print(headlines(args.run))
     else:
+        path = Path(args.out or Path(args.run) / "dream.gif")
+        if path.suffix not in (".gif", ".mp4"):
+            raise UserError(f"Got --out {path}, need a name that ends in .gif or .mp4.")
         if args.actions is not None:
             film = film_actions(args)
         else:
             run = load_run(args.run, args.stage, device, args.dtype)
             film = dream_film(run, reference_of(args.run), args.clips, args.horizon,
                               args.dtype, args.seed, sampler)
-        path = Path(args.out or Path(args.run) / "dream.gif")
         write_film(path, film)
         print(path)
 
