@@ -1067,6 +1067,8 @@ def finish(job):
         seconds["total"] = sum(seconds.values()) + 60 * recorded.value
         note_minutes(folder, seconds)
         print(play.headlines(folder))
+        if job.args.preset == "smoke":
+            print("This was a toy run to see that all works: its figures mean nothing.")
     report = play.write_report(folder)
     print(f"Done. Look at {report} and its pictures.")
 
