@@ -1414,7 +1414,7 @@ class NumberEnv(StageEnv):
 KEYS, NUMBERS = f"{__name__}:StageEnv", f"{__name__}:NumberEnv"
 EPISODES = f"datasets/{KEYS.replace(':', '_')}_6x36"
 PLAY = "--data.path", EPISODES
-NEW = "--run", "new", "--stage", "tokenizer"
+NEW, ALL = ("--run", "new", "--stage", "tokenizer"), ("--run", "new", "--stage", "all")
 TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference_episodes 2
 --data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.cell 2
 --tokenizer.dim 16 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.layers 3
@@ -2059,6 +2059,17 @@ def unlabelled(folder):
     data.finish_dataset(folder / "datasets/other", StageEnv.spec, {})
 
 
+def eventless(folder):
+    """Play in which no task is done but in the episode that is held out."""
+    for i in range(3):
+        events = np.zeros((36, 2))
+        events[5] = i == 2
+        episode = data.Episode(np.zeros((36, 8, 12, 3)), np.zeros((36, 3)), events,
+                               np.ones(36))
+        data.write_episode(folder / "datasets/other", i, episode)
+    data.finish_dataset(folder / "datasets/other", StageEnv.spec, {})
+
+
 def remove(*names):
     """Breaks a run: these files are gone."""
     return lambda folder, run: [(run / name).unlink() for name in names]
@@ -2078,6 +2089,12 @@ FAULTS = {
                                         ], (*NEW, *PLAY), "changed bytes"),
     "other actions": (lambda w, r: other_play(w, NUMBERS), of("dynamics", *OTHER),
                       "Got actions {'classes'"),
+    "continuous actions": (lambda w, r: other_play(w, NUMBERS), (
+        *ALL, *OTHER, "--data.env", NUMBERS), "Got continuous actions"),
+    "no event to learn from": (lambda w, r: eventless(w), (*ALL, *OTHER),
+                               "no task of the prompts is done"),
+    "episodes shorter than a long window": (lambda w, r: other_play(w, length=9), (
+        *ALL, *OTHER), "need 12 for stage dynamics"),
     "judged by what it learns": (None, (*NEW, *PLAY, "--data.reference", EPISODES),
                                  "to train on and as --data.reference"),
     "another seed": (None, of("tokenizer", "--seed", 3), "Got --seed 3, but runs/base"),
@@ -2085,7 +2102,7 @@ FAULTS = {
                     "Got --train.dynamics_steps 9, but runs/base/dynamics.pt"),
     "other labels": (None, of("dynamics", "--data.labels", 0.5), "Got --data.labels 0.5"),
     "episodes too short": (lambda w, r: other_play(w, length=5), (
-        *NEW, *OTHER, "--train.tokenizer_length", 6), "episodes as long, not 5"),
+        *NEW, *OTHER, "--train.tokenizer_length", 6), "training episodes of at most 5"),
     "no held-out episode": (lambda w, r: other_play(w, episodes=1), (*NEW, *OTHER),
                             "leaves none to hold out, need at least 2"),
     "no label is known": (None, of("agent", *AGAIN, "--data.labels", 0),
@@ -2141,6 +2158,7 @@ def test_fault_gives_one_line_and_exit_2(copy, capsys, fault):
     lost = {p for p, n in before.items() if not p.exists() or p.stat().st_size < n}
     allowed = {run / f"{flags[3]}.pt"} if "no" in flags else set()
     assert lost <= allowed, lost
+    assert not list(folder.rglob("new/*.pt"))       # known before anything is trained
 
 
 def test_mismatches_show_both_fingerprints_and_can_be_lifted(copy):

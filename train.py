@@ -870,9 +870,6 @@ def train_agent(job):
     them."""
     run = open_stage(job, "dynamics")
     recordings, dynamics, spec = Recordings(job), run.dynamics, run.spec
-    if not recordings.any_labelled():
-        raise UserError(f"Got {job.dataset.path} without labelled frames, need actions for "
-                        "the policy: add some (--data.labels), or stop after the dynamics.")
     recordings.latents = open_latents(job, run.tokenizer)
     cfg, dyn = AgentConfig(**job.configs["agent"]), dynamics.cfg
     dynamics.requires_grad_(True)
@@ -1004,6 +1001,44 @@ def run_stage(job, stage):
         pictures(job, run)
 
 
+def check_plan(job, stages):
+    """UserError, before anything is trained, where one of the stages couldn't be."""
+    recordings, data, train = Recordings(job), job.dataset, job.train
+    cfg, path = AgentConfig(**job.configs["agent"]), job.dataset.path
+    longest = max(train.length, train.long_length if train.long_share > 0 else 0)
+    frames = {"tokenizer": train.tokenizer_length, "dynamics": longest, "agent": longest,
+              "imagine": cfg.context}
+    for stage in stages:
+        if not len(data.long_enough(Windows(frames[stage]))):
+            raise UserError(f"Got training episodes of at most {data.lengths.max()} frames "
+                            f"in {path}, need {frames[stage]} for stage {stage}: record "
+                            "longer ones, or shorten --train.tokenizer_length, "
+                            "--train.length, --train.long_length or --agent.context "
+                            "(--train.long_share 0: no long windows).")
+    if not {"agent", "imagine"} & set(stages):
+        return
+
+    # what the policy imitates, and what it is asked to do
+    alone = "or train --stage tokenizer and --stage dynamics alone."
+    if data.spec.actions.numbers:
+        raise UserError(f"Got continuous actions in {path}, need classes for the policy: "
+                        f"discretise them, {alone}")
+    if not recordings.any_labelled():
+        raise UserError(f"Got {path} without labelled frames, need actions for the policy: "
+                        f"add some (--data.labels), {alone}")
+    kinds, ordered = [], float(cfg.imagined_tasks == "prompt_order")
+    if "agent" in stages:
+        kinds += recordings.with_event(2, train.length, cfg.prompt_order)
+    if "imagine" in stages:
+        ahead = (cfg.context, cfg.context + cfg.horizon - 1)
+        kinds += recordings.with_event(2, cfg.context, ordered, ahead)
+    for n, windows in kinds:
+        if n and not len(data.windows_with_event(windows)[0]):
+            raise UserError(f"Got training episodes in {path} in which no task of the "
+                            "prompts is done, need one to imitate: record more play, "
+                            f"--agent.imagined_tasks all, {alone}")
+
+
 def note_minutes(folder, seconds):
     """{part of the work: seconds} go into results.json."""
     rows = [play.Result("wall_minutes", s / 60, None, None, 1, "min", {"part": part})
@@ -1080,7 +1115,9 @@ def main():
     if configs["tokenizer"]["lpips"]:
         lpips_loss()                        # missing? say so before anything is recorded
     job = prepare(args, configs, device)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
+    stages = STAGES if args.stage == "all" else [args.stage]
+    check_plan(job, stages)
+    for stage in stages:
         run_stage(job, stage)
     if RANK == 0:
         finish(job)
