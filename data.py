@@ -211,6 +211,7 @@ def make_env(name):
     keys      {key of the browser game: action name}
     player    (rng, skill) -> object whose act() is the action to record (else: random play)
     skills    {name: share of the recorded episodes} of that player
+    copyable  True: copy.deepcopy makes a world of its own that goes on from here
     probe     () -> dict of uint8 arrays, ground truth for evaluation only
     reader    () -> object that reads frames: compare(frames, true, shown=None) ->
               {measure: (a (N,), b (N,))}, reported as sum a / sum b; frames uint8
@@ -250,7 +251,7 @@ class CheckedEnv:
     into one buffer. Whatever else the world has it has too."""
 
     def __init__(self, env):
-        self.env, self.spec = env, env.spec
+        self.env, self.spec, self.copyable = env, env.spec, None
 
     def __getattr__(self, name):
         if name == "env" or name.startswith("__"):  # subtle: asked for while it is copied
@@ -259,7 +260,22 @@ class CheckedEnv:
 
     def reset(self, seed):
         with users_code(self.spec.name):
-            return self.checked("a frame", self.env.reset(seed), np.uint8)
+            frame = self.checked("a frame", self.env.reset(seed), np.uint8)
+            if self.copyable is None:
+                self.copyable = self.copies_are_apart()
+                if not self.copyable:               # they may have moved this one
+                    self.env.reset(seed)
+            return frame
+
+    def copies_are_apart(self):
+        """Whether the world says that it can be copied, and a copy that is stepped leaves
+        another one where it was: those of one simulator move together."""
+        copies = [copy_env(self.env), copy_env(self.env)]
+        if None in copies:
+            return False
+        actions = self.spec.actions.sample(np.random.default_rng(0), 3)
+        films = [[np.array(one.step(action)[0]) for action in actions] for one in copies]
+        return np.array_equal(*films)
 
     def step(self, action):
         action = np.array(action, np.float32)
@@ -308,10 +324,10 @@ def controls(env):
 
 
 def copy_env(env):
-    """A copy of an environment to try things in; None where it can't be copied."""
+    """A copy of an environment to try things in; None where it isn't `copyable`."""
     modules = {id(module): module for module in list(sys.modules.values())}    # stay as one
     try:
-        return copy.deepcopy(env, modules)
+        return copy.deepcopy(env, modules) if getattr(env, "copyable", False) else None
     except Exception:                               # processes, sockets, windows, ...
         return None
 

@@ -67,6 +67,7 @@ class PaintEnv:
 
     A class of 5, two keys, one number. Seeds divisible by 3 end on step 12, others never.
     """
+    copyable = True
 
     def __init__(self):
         self.spec = EnvSpec("paint", 8, 12, ActionSpec((5, 2, 2), 1), ("four", "both_keys"))
@@ -111,6 +112,20 @@ class OpenEnv(PaintEnv):
     def reset(self, seed):
         self.file = open(os.devnull)            # noqa: SIM115 (as long as the world)
         return super().reset(seed)
+
+
+class SharedEnv(PaintEnv):
+    """PaintEnv whose steps are counted by a simulator that all copies share."""
+    simulator = SimpleNamespace(steps=0)
+
+    def reset(self, seed):
+        self.simulator.steps = 0
+        return super().reset(seed)
+
+    def step(self, action):
+        self.simulator.steps += 1
+        self.steps = self.simulator.steps - 1
+        return super().step(action)
 
 
 class BufferEnv(PaintEnv):
@@ -532,6 +547,21 @@ def test_copied_environments_go_their_own_way():
     assert data.copy_env(env) is not None                       # control: not yet open
     env.reset(1)
     assert data.copy_env(env) is None
+
+
+@pytest.mark.parametrize("kind, copied", [("PaintEnv", True), ("SharedEnv", False)])
+def test_worlds_that_share_their_simulator_are_not_copied(kind, copied):
+    """Fails if a copy, or finding out, moves the world, or if no world is copied."""
+    env, action = data.make_env(f"{__name__}:{kind}"), np.ones(4, np.float32)
+    assert (env.reset(1) == PaintEnv().reset(1)).all()
+    twin = data.copy_env(env)
+    assert (twin is not None) == copied
+    if copied:
+        twin.step(action)
+    plain = PaintEnv()
+    plain.reset(1)
+    for _ in range(2):
+        assert (env.step(action)[0] == plain.step(action)[0]).all()
 
 
 def test_data_needs_no_torch():
@@ -2426,6 +2456,7 @@ INF = np.inf
 class KeyEnv:
     """The frame shows the last action and, in blue, the step: 5 actions and two keys. Seeds
     divisible by 3 end on step 12, others never."""
+    copyable = True
 
     def __init__(self):
         self.spec = EnvSpec("keys", 8, 12, ActionSpec((5, 2, 2)), ("four", "both_keys"),

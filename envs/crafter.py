@@ -58,6 +58,7 @@ class Crafter:
             "1": "make_wood_pickaxe", "2": "make_stone_pickaxe", "3": "make_iron_pickaxe",
             "4": "make_wood_sword", "5": "make_stone_sword", "6": "make_iron_sword"}
     skills = {name: skill.share for name, skill in SKILLS.items()}
+    copyable = True
 
     def __init__(self):
         names = crafter.constants

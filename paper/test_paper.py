@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 class KeyEnv:
     """Two keys and a class of 5. The frame shows action, step and seed; seeds divisible by
     3 end on step 12, others never."""
+    copyable = True
     tasks = ("four", "both_keys")
     spec = EnvSpec("keys", 8, 12, ActionSpec(classes=(2, 2, 5)), tasks,
                    prompt_order=(("four", 2), ("both_keys", 0)), achievements=tasks)
