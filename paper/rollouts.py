@@ -21,15 +21,20 @@ from play import (CLIPS, CONTEXT, Result, encode, read_clips, reader_of, referen
 MAP_ROWS = 56               # of the 72 of a Crafter frame; below the map is the inventory
 
 
-def branch_off(name, seed, actions, branches):
+def branch_off(name, seed, recorded, branches):
     """Play a world by its recorded actions (T, A), and copies of it from the frames in
     `branches`, a list of (t, other actions (n, A)), by those: a list of frames uint8
-    (n, H, W, 3) and events (n, tasks). A film stands still where its world has ended."""
+    (n, H, W, 3) and events (n, tasks). A film stands still where its world has ended.
+    UserError: it can't be copied, or shows other frames than the recorded ones."""
     env, films = make_env(name), [None] * len(branches)
     shown = env.reset(seed)
     for t in range(max(point for point, _ in branches) + 1):
         if t:
-            shown = env.step(actions[t])[0]
+            shown = env.step(recorded["actions"][t])[0]
+        if not np.array_equal(shown, recorded["frames"][t]):
+            raise UserError(f"Got another frame {t} from {name}, seed {seed}, than was "
+                            "recorded, need a world that follows from its seed: leave out "
+                            "what the simulator would show.")
         for i in (i for i, (point, _) in enumerate(branches) if point == t):
             twin, frame, frames, events, terminal = copy_env(env), shown, [], [], False
             if twin is None:
@@ -52,7 +57,8 @@ def play_on(dataset, clips, context, actions):
     for i in np.unique(clips.episode):
         branches = [(int(clips.start[row]) + context - 1, actions[row, context:])
                     for row in np.flatnonzero(clips.episode == i)]
-        recorded = np.array(dataset.episode(i)["actions"])
+        episode = dataset.episode(i)
+        recorded = {name: np.array(episode[name]) for name in ("frames", "actions")}
         world = dataset.settings["seed"] + int(i)
         jobs.append((dataset.settings["env"], world, recorded, branches))
     done = {job[1]: films for job, films in work(branch_off, jobs)}     # as they end
@@ -69,8 +75,12 @@ def evaluate_rollouts(run, dataset, dtype="auto", horizon=64):
     clips = reference_clips(dataset, CLIPS, rolled.real.shape[1], run.device)
     by = CLIPS if len(clips.frames) > CLIPS else 1              # as roll_out shuffles
     actions = shuffle_actions(clips.actions, CONTEXT, by)
-    frames = torch.from_numpy(play_on(dataset, clips, CONTEXT, actions)[0]).to(run.device)
-    rolled.films["simulator"] = torch.cat([clips.frames[:, :CONTEXT], frames], 1)
+    try:
+        frames = torch.from_numpy(play_on(dataset, clips, CONTEXT, actions)[0])
+        frames = torch.cat([clips.frames[:, :CONTEXT], frames.to(run.device)], 1)
+        rolled.films["simulator"] = frames
+    except UserError as error:
+        print(f"Left out: the simulator. {error}")
     return score_pixels(rolled)
 
 

@@ -181,13 +181,17 @@ def test_branches_of_a_world_leave_it_as_it_is():
     spec, rng, env = KeyEnv.spec.actions, np.random.default_rng(0), KeyEnv()
     recorded, other = spec.sample(rng, 10), spec.sample(rng, 9)
     branches = [(3, recorded[4:]), (5, other), (3, other)]
-    (same, _), (late, events), (early, _) = rollouts.branch_off(KEYS, 3, recorded, branches)
+    frames = [env.reset(3), *(env.step(action)[0] for action in recorded[1:])]
+    play = {"actions": recorded, "frames": frames}
+    (same, _), (late, events), (early, _) = rollouts.branch_off(KEYS, 3, play, branches)
     env.reset(3)
     assert np.array_equal(same, [env.step(action)[0] for action in recorded[1:]][3:])
     assert (events[:7, 0] == (other[:7, 2] == 4)).all() and not events[7:].any()
     assert (late[:7, 0, 1, 0] == other[:7, 2]).all()
     assert late[:, 0, 1, 2].tolist() == [6, 7, 8, 9, 10, 11, 12, 12, 12]
     assert early[:, 0, 1, 2].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    with pytest.raises(UserError, match="follows from its seed"):
+        rollouts.branch_off(KEYS, 4, play, branches)
 
 
 def test_long_dreams_go_on_with_the_next_episodes(monkeypatch, keys):
