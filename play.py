@@ -46,6 +46,7 @@ from tokenizer import Cache
 
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 10_000, 20_000, 30_000, 40_000
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
+ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
 AGENTS = {"random": "", "BC": "agent", "imagination": "imagine", "player": ""}    # stages
 GREEN, ORANGE = (60, 170, 90), (240, 140, 20)   # borders: real, imagined
@@ -320,6 +321,36 @@ def score_frames(rolled, reader, of, times, back=None):
                    int(b.sum()), "share", of) for measure, (a, b) in sums.items()]
 
 
+def balanced(right, count, axis=0):
+    """(episodes, classes) twice -> the mean over classes of the share that is right."""
+    return ratio(right, count, axis).mean(-1)
+
+
+def score_classes(rolled, reader, of, times, back=None):
+    """As score_frames, by what a cell truly shows: a row for each class that has enough
+    cells, their mean ("balanced_cells"), and the worst of them."""
+    sums, shown = {}, None
+    for t in times:
+        true = {name: x[:, t] for name, x in rolled.probes.items()}
+        if back:
+            shown = {name: x[:, t - back] for name, x in rolled.probes.items()}
+        frames = rolled.films[of["film"]][:, t].cpu().numpy()
+        for name, pair in reader.by_class(frames, true, shown).items():
+            sums[name] = sums.get(name, 0) + np.array(pair, float)              # (2, n)
+    pairs = {name: [rolled.by_episode(x) for x in pair] for name, pair in sums.items()
+             if pair[1].sum() >= ENOUGH}
+    rows = [Result("class_cells", *bootstrap(ratio, *pair), int(sums[name][1].sum()),
+                   "share", of | {"class": name}) for name, pair in pairs.items()]
+    if not rows:
+        return []
+    right, count = (np.stack(x, -1) for x in zip(*pairs.values(), strict=True))
+    worst = min(rows, key=lambda row: row.value)
+    named = worst._replace(name="worst_class", unit=f"share of {worst.of['class']}", of=of)
+    return [*rows, named,
+            Result("balanced_cells", *bootstrap(balanced, right, count), len(rows), "share",
+                   of)]
+
+
 def score_symbols(rolled, reader):
     """Rollouts -> rows of the reader's measures: of the dream by horizon, over all single
     steps, and of the reconstructions: as much as the tokenizer lets one see."""
@@ -330,6 +361,16 @@ def score_symbols(rolled, reader):
             rows += score_frames(rolled, reader, {"film": "dream", "horizon": h}, [t], h)
         for film in ("next", "reconstruction"):
             rows += score_frames(rolled, reader, {"film": film}, every[rolled.context:], 1)
+
+    # by class, where the reader knows any
+    if hasattr(reader, "by_class"):
+        rows += score_classes(rolled, reader, {"film": "reconstruction"}, every)
+        if "dream" in rolled.films:
+            steps = every[rolled.context:]
+            rows += score_classes(rolled, reader, {"film": "next"}, steps, 1)
+            far = {"film": "dream", "horizon": 8}
+            steps = [t for h, t in rolled.horizons() if h == 8]
+            rows += score_classes(rolled, reader, far, steps, 8)
     return rows
 
 
@@ -772,8 +813,8 @@ def markdown_table(head, rows):
 
 def headlines(folder):
     """Of a run's results what one looks at first, as a table; report.md has all."""
-    names = ("tokenizer_psnr", "gain_over_copying", "gain_over_shuffled", "achievements",
-             "achievements_gain", "wall_minutes")
+    names = ("tokenizer_psnr", "balanced_cells", "worst_class", "gain_over_copying",
+             "gain_over_shuffled", "achievements", "achievements_gain", "wall_minutes")
     return results_table([row for row in read_results(folder) if row.name in names])
 
 

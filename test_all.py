@@ -2717,6 +2717,28 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
         None, "dream", "shuffled", "copy", "reconstruction", "next"}
 
 
+def test_a_rare_class_counts_as_much_as_a_common_one():
+    """Fails if a mean over cells is called balanced, the worst class isn't named, or one
+    with too few cells is judged. Of each class: right, cells in a frame."""
+    shares = {"grass": (90, 90), "zombie": (1, 4), "arrow": (0, 1)}
+
+    class Reader:
+        def by_class(self, frames, true, shown=None):
+            one = np.ones(len(frames), int)
+            assert (true["probe"] == 3).all() and (shown["probe"] == 1).all()
+            return {name: (a * one, n * one) for name, (a, n) in shares.items()}
+
+    frames, probes = torch.zeros(8, 5, 2, 2, 3), {"probe": np.tile(np.arange(5), (8, 1))}
+    rolled = play.Rollouts(frames, {"dream": frames}, probes, 2, 2)
+    of = {"film": "dream", "horizon": 2}
+    rows = play.score_classes(rolled, Reader(), of, [3] * 2, 2)
+    balanced, worst = (play.find(rows, name, of) for name in (
+        "balanced_cells", "worst_class"))
+    assert balanced.value == (1 + 1 / 4) / 2 and balanced.n == 2
+    assert (worst.value, worst.unit, worst.n) == (1 / 4, "share of zombie", 64)
+    assert not play.find(rows, "class_cells", of | {"class": "arrow"})      # 16 cells
+
+
 def test_pictured_prompts_are_those_of_the_order(dataset, monkeypatch, tmp_path):
     """Fails if the picture of imagined rollouts shows prompts that are not practised, or
     can't be drawn where the events come too early to imagine what leads to them."""

@@ -111,16 +111,21 @@ def in_cave(semantic):
     return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
 
 
-def in_sight(before, after):
-    """Probes (N, ...) of two frames -> which cells of `after` show terrain that could be
-    visible, bool (N, 9, 7): `before` showed it too; and what it showed there (N, 9, 7)."""
+def in_view(before, after):
+    """Probes (N, ...) of two frames -> which cells of `after` lay in the view of `before`,
+    bool (N, 9, 7), and what it showed there (N, 9, 7)."""
     moved = after["probe_player"][:, 2:].astype(int) - before["probe_player"][:, 2:]
     dx, dy = moved.T[:, :, None, None]               # (N, 1, 1) each
     column, row = np.arange(9)[:, None] + dx, np.arange(7) + dy       # as `before` has it
     inside = (column >= 0) & (column < 9) & (row >= 0) & (row < 7)
     clip = np.arange(len(dx))[:, None, None]
-    was = before["probe_semantic"][clip, column.clip(0, 8), row.clip(0, 6)]
-    now = after["probe_semantic"]                    # 1 to 12: materials; creatures move
+    return inside, before["probe_semantic"][clip, column.clip(0, 8), row.clip(0, 6)]
+
+
+def in_sight(before, after):
+    """The same for cells that show terrain in both, 1 to 12, for creatures move."""
+    inside, was = in_view(before, after)
+    now = after["probe_semantic"]
     return inside & (was >= 1) & (was <= 12) & (now >= 1) & (now <= 12), was
 
 
@@ -160,6 +165,7 @@ class CrafterReader:
         materials = crafter.constants.materials
         self.textures = ("outside", *materials, *things)
         ids = "outside", *materials, "player", "cow", "zombie", "skeleton", "arrow", "plant"
+        self.classes = ids                           # by their number in probe_semantic
         self.semantic = np.array([ids.index(name.split("-")[0]) for name in self.textures])
         # all pictures of a cell, (P, 8, 8, 3), and the number of the texture in each
         pictures, numbers = [np.full((8, 8, 3), 127.0)], [0]
@@ -248,6 +254,22 @@ class CrafterReader:
                 "wrong_cells": ((visible & ~right).sum(1), changed.sum(1)),
                 "changed_cells": ((changed & right).sum(1), changed.sum(1)),
                 "inventory_f1": (2 * true_positives, real.sum(1) + dreamed.sum(1))}
+
+    def by_class(self, frames, true, shown=None):
+        """As compare -> {class: (right (N,), cells (N,))} of what a cell truly shows, for a
+        mean over all cells hides the rare ones. With `shown` cells that lay in its view."""
+        player, cells = true["probe_player"], true["probe_semantic"]
+        texture, _, _ = self.read(frames, player[:, 0] / 255, player[:, 1] > 0)
+        day = (player[:, 0] >= 128) & (player[:, 1] == 0)
+        counted = np.repeat(day, 63).reshape(cells.shape)
+        if shown is not None:
+            counted &= in_view(shown, true)[0]
+        pairs = {}
+        for number, name in enumerate(self.classes):
+            of_class = counted & (cells == number)
+            right = of_class & (self.semantic[texture] == number)
+            pairs[name] = right.sum((1, 2)), of_class.sum((1, 2))
+        return pairs
 
 
 # -------------------------------------------------------------------------- recorded player

@@ -241,8 +241,18 @@ def test_compare_of_reconstructions(film, reader):
     black = total(reader.compare(np.zeros_like(frames), probes))    # control
     assert right == {"cells": (63 * days, 63 * days), "inventory": (held, held)}
     assert black["cells"][0] < 63 * days and black["inventory"][0] < held
+    classes = total(reader.by_class(frames, probes))
+    assert sum(n for _, n in classes.values()) == 63 * days
+    assert all(right == n for right, n in classes.values()) and classes["grass"][1] > 100
+    lost = total(reader.by_class(np.zeros_like(frames), probes))    # all is read as one
+    assert {n for _, n in lost.values()} == {n for _, n in classes.values()}
+    assert sum(right for right, _ in lost.values()) < 20 * days
+    after, before = ({k: x[i] for k, x in probes.items()} for i in ([9], [8]))
+    seen = total(reader.by_class(frames[9:10], after, before))
+    assert 40 < sum(n for _, n in seen.values()) <= 63              # what scrolled in isn't
     probes = {**probes, "probe_player": probes["probe_player"] * [0, 1, 1, 1]}
     assert total(reader.compare(frames, probes))["cells"] == (0, 0)
+    assert total(reader.by_class(frames, probes))["grass"] == (0, 0)
 
 
 def test_interactions_are_judged_by_their_outcome(tmp_path, reader):
