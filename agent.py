@@ -11,6 +11,7 @@ Departures from the paper: README, "Departures".
 """
 
 import copy
+import hashlib
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -459,6 +460,12 @@ class Run:
     @property
     def device(self):
         return self.tokenizer.latent_std.device
+
+
+def sha256_of(path):
+    """Of a file: tells whether a stage was trained again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_checkpoint(path, stage=None):

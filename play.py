@@ -36,8 +36,9 @@ from scipy import stats
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
-from agent import (STAGES, autocast, freeze, dream_of, imagine_rollout, load_run,
-                   pick_device, pick_dtype, sample_action, split_logits)
+from agent import (STAGES, autocast, dream_of, freeze, imagine_rollout, load_checkpoint,
+                   load_run, pick_device, pick_dtype, sample_action, sha256_of,
+                   split_logits)
 from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, controls, copy_env,
                   count_workers, finish_dataset, make_env, play_episode, read_json, record,
                   run_cli, this_command, write_episode, write_json, write_whole)
@@ -111,6 +112,12 @@ def add_results(folder, command, rows):
         kept.append(row._replace(value=finite(row.value), low=finite(row.low),
                                  high=finite(row.high), command=command))
     write_json(Path(folder) / "results.json", [row._asdict() for row in kept])
+
+
+def forget_results(folder):
+    """What was measured of a stage that is trained again; times stay."""
+    rows = [row for row in read_results(folder) if row.name == "wall_minutes"]
+    write_json(Path(folder) / "results.json", [row._asdict() for row in rows])
 
 
 def read_metrics(folder):
@@ -622,6 +629,11 @@ def evaluate_agents(folder, device, dtype, episodes, length, agents=tuple(AGENTS
     seeds = range(TEST_SEED, TEST_SEED + episodes)
     there = {agent for agent, stage in AGENTS.items() if (folder / f"{stage}.pt").exists()}
     there |= {"random", "player"} if hasattr(make_env(env), "player") else {"random"}
+    if {"BC", "imagination"} <= there:
+        provenance = load_checkpoint(folder / "imagine.pt")["provenance"]
+        if provenance.get("agent") != sha256_of(folder / "agent.pt"):
+            print(f"Left out: imagination; {folder}/agent.pt was trained again since.")
+            there.remove("imagination")
     with VecEnv(env, seeds) as worlds, VecEnv(env, seeds[:max(episodes // 2, 2)]) as fewer:
         for agent in (agent for agent in agents if agent in there):
             some = fewer if agent == "player" else worlds

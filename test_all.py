@@ -2171,6 +2171,34 @@ FAULTS = {
 }
 
 
+def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
+    """Fails if results keep figures of weights that are gone, or an imagination that began
+    with another BC is played beside the new one."""
+    folder, run = copy
+    old = [play.Result("achievements", 9, None, None, 1, "", {"agent": "BC"}),
+           play.Result("wall_minutes", 1, None, None, 1, "min", {"part": "record"})]
+    play.add_results(run, "then", old)
+    agents = "BC", "imagination"
+    monkeypatch.chdir(folder)
+    rows = play.evaluate_agents("runs/base", torch.device("cpu"), "fp32", 2, 3, agents)
+    assert {row.of["agent"] for row in rows if row.name == "achievements"} == set(agents)
+    train_here(folder, *of("agent", *AGAIN))
+    assert {row.name for row in play.read_results(run)} == {"wall_minutes"}
+    rows = play.evaluate_agents("runs/base", torch.device("cpu"), "fp32", 2, 3, agents)
+    assert {row.of["agent"] for row in rows if row.name == "achievements"} == {"BC"}
+    assert "Left out: imagination" in capsys.readouterr().out
+
+
+def test_cloned_windows_are_of_labelled_episodes(keys):
+    """Fails if most of what is cloned at a share of labels has no action to learn."""
+    recordings = recordings_of(keys, labels=0.34)                   # 2 of 6
+    rng, (n, windows) = np.random.default_rng(0), recordings.with_event(
+        40, 6, labelled=True)[0]
+    assert set(keys.sample(rng, n, windows)[0]) == {0, 1}
+    windows = recordings.with_event(40, 6)[0][1]                    # control
+    assert len(set(keys.sample(rng, 40, windows)[0])) > 3
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_gives_one_line_and_exit_2(copy, capsys, fault):
     """Fails if a bad input ends in a traceback, in another message, in success, or costs a

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from tqdm import tqdm
 import play
 from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast, dream_of,
                    freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
-                   pick_device, pick_dtype, save_checkpoint)
+                   pick_device, pick_dtype, save_checkpoint, sha256_of)
 from data import (Dataset, UserError, Windows, check_config, make_env, read_json, record,
                   rng_for, run_cli, this_command, world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
@@ -483,17 +482,11 @@ class Log:
 
 # ---------------------------------------------------------------------------- checkpoints
 
-def digest(path):
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def provenance_of(job, stage):
     """Fingerprints of what a stage begins with: the recordings and the stages before it."""
     paths = {name: job.folder / f"{name}.pt" for name in STAGES[:STAGES.index(stage)]}
     return {"dataset": job.dataset.fingerprint,
-            **{name: digest(path) for name, path in paths.items() if path.exists()}}
+            **{name: sha256_of(path) for name, path in paths.items() if path.exists()}}
 
 
 def made_with(job):
@@ -615,7 +608,7 @@ def take_stages(base, folder, stage):
         source, target = base / name, folder / name
         if name in stages and not source.exists():
             raise UserError(f"No {name} in {base}: train its stages before {stage} first.")
-        if name in stages and target.exists() and digest(source) != digest(target):
+        if name in stages and target.exists() and sha256_of(source) != sha256_of(target):
             raise UserError(f"Got --base {base.name}, but {target} is another one than "
                             f"{source}: take another --run, or delete it.")
         if source.exists() and not target.exists():
@@ -646,15 +639,15 @@ def open_latents(job, tokenizer):
     """The frozen tokenizer's latents of all frames, made once and kept beside the run."""
     path, about = job.folder / "latents.npy", job.folder / "latents.json"
     provenance = {"dataset": job.dataset.fingerprint,
-                  "tokenizer": digest(job.folder / "tokenizer.pt")}
+                  "tokenizer": sha256_of(job.folder / "tokenizer.pt")}
     with in_turn():
         old = read_json(about) if about.exists() and path.exists() else None
-        if old is not None and old != {**provenance, "sha256": digest(path)}:
+        if old is not None and old != {**provenance, "sha256": sha256_of(path)}:
             print(f"{path} is damaged or out of date: computing it again.")
             old = None
         if old is None:
             write_whole(path, lambda file: encode_all(job, tokenizer, file))
-            write_json(about, {**provenance, "sha256": digest(path)})
+            write_json(about, {**provenance, "sha256": sha256_of(path)})
     return np.load(path, mmap_mode="r")
 
 
@@ -693,10 +686,13 @@ class Recordings:
         some = n // 2 if partly and len(self.data.long_enough(labelled)) else 0
         return [(n - some, Windows(length)), (some, labelled)]
 
-    def with_event(self, n, length, prompt_order=0.0, ahead=None):
+    def with_event(self, n, length, prompt_order=0.0, ahead=None, labelled=False):
         """(rows, Windows) each: windows that show their task being done, a share of them a
-        task of the prompt order. ahead: as in data.Windows."""
-        windows, ordered = Windows(length, True, ahead=ahead), round(prompt_order * n)
+        task of the prompt order. ahead: as in data.Windows. labelled: of episodes with
+        known actions alone."""
+        first = self.labelled_episodes if labelled else None
+        windows = Windows(length, True, ahead=ahead, first=first)
+        ordered = round(prompt_order * n)
         tasks = tuple(self.spec.tasks.index(task) for task, _ in self.spec.prompt_order)
         return [(n - ordered, windows), (ordered, windows._replace(tasks=tasks))]
 
@@ -885,7 +881,7 @@ def train_agent(job):
         n = min(round(RELEVANT * B / PROCESSES), B // PROCESSES - 1)    # in each process
         others = B - n * PROCESSES
         kinds = recordings.anywhere(others, T)
-        kinds += recordings.with_event(B - others, T, cfg.prompt_order)
+        kinds += recordings.with_event(B - others, T, cfg.prompt_order, labelled=True)
         batch = recordings.read(draws.rng, kinds)
         cloned = torch.arange(B) >= others
         single = torch.from_numpy(draws.rng.random(B) < dyn.single_images) & ~cloned
@@ -992,6 +988,7 @@ def run_stage(job, stage):
         rng = rng_for(job.args.seed, f"{stage} weights", 0)
         torch.manual_seed(int(rng.integers(2 ** 31)))
         TRAINERS[stage](job)
+        play.forget_results(job.folder)     # they were of what was there before
     run = open_stage(job, stage)            # reads back what was written
     if not trained:
         print(f"Stage {stage}: {final} is there; --resume no trains it again.")
@@ -1028,7 +1025,7 @@ def check_plan(job, stages):
                         f"add some (--data.labels), {alone}")
     kinds, ordered = [], float(cfg.imagined_tasks == "prompt_order")
     if "agent" in stages:
-        kinds += recordings.with_event(2, train.length, cfg.prompt_order)
+        kinds += recordings.with_event(2, train.length, cfg.prompt_order, labelled=True)
     if "imagine" in stages:
         ahead = (cfg.context, cfg.context + cfg.horizon - 1)
         kinds += recordings.with_event(2, cfg.context, ordered, ahead)
