@@ -313,17 +313,24 @@ def score_pixels(rolled):
     return [*rows, Result("next_frame_psnr", *ahead, n, "dB")]
 
 
-def score_frames(rolled, reader, of, times, back=None):
-    """Rows of what the reader finds in the frames `times` of a film, against the truth. The
-    model was last shown a true frame `back` frames before; None: it was shown this one."""
+def sum_pairs(rolled, compare, film, times, back=None):
+    """Reads the frames `times` of a film by compare(frames, true, shown), the truth beside
+    it -> {name: (a, b)} summed over them, float (2, n). The model was last shown a true
+    frame `back` frames before; None: it was shown this one."""
     sums, shown = {}, None
     for t in times:
         true = {name: x[:, t] for name, x in rolled.probes.items()}
         if back:
             shown = {name: x[:, t - back] for name, x in rolled.probes.items()}
-        frames = rolled.films[of["film"]][:, t].cpu().numpy()
-        for measure, pair in reader.compare(frames, true, shown).items():
-            sums[measure] = sums.get(measure, 0) + np.array(pair, float)        # (2, n)
+        frames = rolled.films[film][:, t].cpu().numpy()
+        for name, pair in compare(frames, true, shown).items():
+            sums[name] = sums.get(name, 0) + np.array(pair, float)
+    return sums
+
+
+def score_frames(rolled, reader, of, times, back=None):
+    """A row for each of the reader's measures, see sum_pairs."""
+    sums = sum_pairs(rolled, reader.compare, of["film"], times, back)
     return [Result(measure, *bootstrap(ratio, rolled.by_episode(a), rolled.by_episode(b)),
                    int(b.sum()), "share", of) for measure, (a, b) in sums.items()]
 
@@ -334,28 +341,21 @@ def balanced(right, count, axis=0):
 
 
 def score_classes(rolled, reader, of, times, back=None):
-    """As score_frames, by what a cell truly shows: a row for each class that has enough
-    cells, their mean ("balanced_cells"), and the worst of them."""
-    sums, shown = {}, None
-    for t in times:
-        true = {name: x[:, t] for name, x in rolled.probes.items()}
-        if back:
-            shown = {name: x[:, t - back] for name, x in rolled.probes.items()}
-        frames = rolled.films[of["film"]][:, t].cpu().numpy()
-        for name, pair in reader.by_class(frames, true, shown).items():
-            sums[name] = sums.get(name, 0) + np.array(pair, float)              # (2, n)
-    pairs = {name: [rolled.by_episode(x) for x in pair] for name, pair in sums.items()
-             if pair[1].sum() >= ENOUGH}
+    """By what a cell truly shows: a row for each class that has enough cells, the worst of
+    them, and their mean ("balanced_cells")."""
+    sums = sum_pairs(rolled, reader.by_class, of["film"], times, back)
+    sums = {name: pair for name, pair in sums.items() if pair[1].sum() >= ENOUGH}
+    if not sums:
+        return []
+    pairs = {name: [rolled.by_episode(x) for x in pair] for name, pair in sums.items()}
     rows = [Result("class_cells", *bootstrap(ratio, *pair), int(sums[name][1].sum()),
                    "share", of | {"class": name}) for name, pair in pairs.items()]
-    if not rows:
-        return []
-    right, count = (np.stack(x, -1) for x in zip(*pairs.values(), strict=True))
     worst = min(rows, key=lambda row: row.value)
-    named = worst._replace(name="worst_class", unit=f"share of {worst.of['class']}", of=of)
-    return [*rows, named,
-            Result("balanced_cells", *bootstrap(balanced, right, count), len(rows), "share",
-                   of)]
+    rows.append(worst._replace(name="worst_class", of=of,
+                               unit=f"share of {worst.of['class']}"))
+    right, count = (np.stack(x, -1) for x in zip(*pairs.values(), strict=True))
+    mean = bootstrap(balanced, right, count)
+    return [*rows, Result("balanced_cells", *mean, len(pairs), "share", of)]
 
 
 def score_symbols(rolled, reader):
