@@ -2171,6 +2171,24 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("factor, moves", [(math.inf, False), (1.0, True)])
+def test_an_overflow_in_fp16_skips_every_optimizer(tmp_path, monkeypatch, factor, moves):
+    """Fails if one optimizer steps where a gradient of the other one's is not finite."""
+    began = []
+
+    def overflowing(*args, real=train.make_optimizers):
+        adamw, muon = optimizers = real(*args)
+        adamw.param_groups[0]["params"][0].register_hook(lambda grad: grad * factor)
+        began.extend(p for p in muon.param_groups[0]["params"])
+        began.extend(p.detach().clone() for p in muon.param_groups[0]["params"])
+        return optimizers
+
+    monkeypatch.setattr(train, "make_optimizers", overflowing)
+    train_here(tmp_path, *NEW, "--dtype", "fp16", "--train.tokenizer_steps", 1)
+    now, then = began[:len(began) // 2], began[len(began) // 2:]
+    assert all(torch.equal(a, b) != moves for a, b in zip(now, then, strict=True))
+
+
 def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
     """Fails if results keep figures of weights that are gone, or an imagination that began
     with another BC is played beside the new one."""

@@ -366,9 +366,10 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-            check_finite(job, step, total, norm)
+            overflow = check_finite(job, step, total, norm)
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if not overflow:        # subtle: all of them, or none
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
 
@@ -396,12 +397,15 @@ def print_header(job, start, parameters):
 
 
 def check_finite(job, step, total, norm):
-    """UserError where training diverges; in fp16 the scaler sees to the gradients."""
-    if not torch.isfinite(total) or not (job.args.dtype == "fp16" or torch.isfinite(norm)):
+    """UserError where training diverges. In fp16 gradients may overflow, and the scaler
+    lowers its scale: then True."""
+    overflow = job.args.dtype == "fp16" and not torch.isfinite(norm)
+    if not torch.isfinite(total) or not (overflow or torch.isfinite(norm)):
         raise UserError(f"Got a loss of {total.item()}, gradient norm {float(norm)} at "
                         f"step {step} of {job.stage} (seed {job.args.seed}); the last "
                         f"checkpoint is kept: --stage {job.stage} --replay {step} shows "
                         "more, or lower --train.lr_matrix and --train.lr.")
+    return overflow
 
 
 def replay(job, compute, total_of):
