@@ -262,14 +262,15 @@ class CheckedEnv:
         with users_code(self.spec.name):
             frame = self.checked("a frame", self.env.reset(seed), np.uint8)
             if self.copyable is None:
-                self.copyable = self.copies_are_apart()
-                if not self.copyable:               # they may have moved this one
-                    self.env.reset(seed)
+                self.copyable = getattr(self.env, "copyable", False)
+                if self.copyable and not self.copies_are_apart():
+                    self.copyable = False
+                    self.env.reset(seed)            # they may have moved this one
             return frame
 
     def copies_are_apart(self):
-        """Whether the world says that it can be copied, and a copy that is stepped leaves
-        another one where it was: those of one simulator move together."""
+        """Whether a copy that is stepped leaves another one where it was: those of one
+        simulator move together."""
         copies = [copy_env(self.env), copy_env(self.env)]
         if None in copies:
             return False

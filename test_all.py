@@ -166,6 +166,7 @@ ODD = {"floats": ("frame", lambda x: x / 255), "int16": ("frame", lambda x: x.as
 
 class FaultyEnv(PaintEnv):
     """PaintEnv that its user has to put right (class 1), or whose process dies (2)."""
+    copyable = False
 
     def step(self, action):
         if action[0] == 1:
