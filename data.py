@@ -216,7 +216,8 @@ def make_env(name):
     reader    () -> object that reads frames: compare(frames, true, shown=None) ->
               {measure: (a (N,), b (N,))}, reported as sum a / sum b; frames uint8
               (N, H, W, 3), dreamed or reconstructed; true: probes of the real ones, dict of
-              (N, ...); shown: those of the last frame shown, None for reconstructions
+              (N, ...); shown: those of the last frame shown, None for reconstructions. It
+              may have by_class, the same for each class of what a cell truly shows
     """
     head, _, argument = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -272,7 +273,7 @@ class CheckedEnv:
         """Whether a copy that is stepped leaves another one where it was: those of one
         simulator move together."""
         copies = [copy_env(self.env), copy_env(self.env)]
-        if None in copies:
+        if any(copied is None for copied in copies):
             return False
         actions = self.spec.actions.sample(np.random.default_rng(0), 3)
         films = [[np.array(one.step(action)[0]) for action in actions] for one in copies]
