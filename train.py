@@ -992,7 +992,8 @@ def run_stage(job, stage):
         rng = rng_for(job.args.seed, f"{stage} weights", 0)
         torch.manual_seed(int(rng.integers(2 ** 31)))
         TRAINERS[stage](job)
-        play.forget_results(job.folder)     # they were of what was there before
+        if RANK == 0:
+            play.forget_results(job.folder)     # they were of what was there before
     run = open_stage(job, stage)            # reads back what was written
     if not trained:
         print(f"Stage {stage}: {final} is there; --resume no trains it again.")
