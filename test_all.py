@@ -2208,6 +2208,28 @@ def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
     assert "Left out: imagination" in capsys.readouterr().out
 
 
+def test_few_imagination_steps_move_the_policy(copy):
+    """Fails if a short stage trains the value head alone."""
+    folder, run = copy
+    train_here(folder, *of("imagine", *AGAIN, "--train.imagine_steps", 2))
+    agent = torch.load(run / "imagine.pt")["agent"]
+    assert any(not torch.equal(x, agent[name.replace("policy", "prior")])
+               for name, x in agent.items() if name.startswith("policy."))
+
+
+def test_results_are_json_and_counts_begin_at_one(tmp_path, capsys):
+    """Fails if nan or inf get into results.json, or nothing can be asked for."""
+    play.add_results(tmp_path, "x", [play.Result("a", math.nan, -math.inf, 1.0, 1, "")])
+    text = (tmp_path / "results.json").read_text()
+    row = json.loads(text, parse_constant=pytest.fail)[0]
+    assert (row["value"], row["low"], row["high"]) == (None, None, 1.0)
+    assert abs(play.decibel(np.zeros(3)) - 99) < 1e-6
+    for flags in (("--clips", "0"), ("--episodes", "-1"), ("--k", "x")):
+        with pytest.raises(SystemExit):
+            play.make_parser().parse_args(["dream", *flags])
+        assert "need a whole number from 1" in capsys.readouterr().err
+
+
 def test_cloned_windows_are_of_labelled_episodes(keys):
     """Fails if most of what is cloned at a share of labels has no action to learn."""
     recordings = recordings_of(keys, labels=0.34)                   # 2 of 6
