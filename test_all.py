@@ -1735,6 +1735,24 @@ def test_clean_past_clips_are_context_and_pure_noise(copy, monkeypatch):
     assert abs(share.mean() - 0.1) < 4 * (0.09 / len(share)) ** 0.5 and len(share) > 100
 
 
+def test_a_bootstrap_row_keeps_the_level_of_an_event_at_d_min(monkeypatch):
+    """Fails if the past is shown as context before it is seen which rows are bootstrap's:
+    here the only coarse frame of row 0 is one of the past."""
+    d = torch.full((2, 4), 1 / 16)
+    d[0, 1] = 0.5
+    monkeypatch.setattr(train, "sample_tau_d", lambda *_: (torch.full((2, 4), 0.5), d))
+    events = torch.zeros(2, 4, 3)
+    events[:, 2, 0] = 1
+    batch = train.Batch(None, None, torch.ones(2, 4).bool(), events=events,
+                        single=torch.zeros(2).bool())
+    job = SimpleNamespace(steps=1, train=SimpleNamespace(pure_noise=1e-9, boot_after=0.0))
+    model = SimpleNamespace(cfg=DynamicsConfig(p_boot=0.5), tau_ctx=0.875, d_min=1 / 16)
+    draws = train.Draws(0, np.random.default_rng(0), None, None)
+    tau, d, weight = train.dynamics_levels(job, model, batch, torch.ones(2).bool(), draws)
+    assert tau.tolist() == [[.875, .875, .5, .875], [.875, .875, 0, .875]]
+    assert (d == 1 / 16).all() and (weight == 1).all()
+
+
 def test_bootstrap_begins_after_its_share_of_the_steps(copy, monkeypatch):
     """Fails if --train.boot_after is turned round, counted in steps, or off by one."""
     seen = note_batches(monkeypatch)

@@ -255,10 +255,9 @@ class Transformer(nn.Module):
             # all tokens of the frames that are seen, through the modality mask too
             wide = in_time.repeat_interleave(S, -2).repeat_interleave(S, -1)
             masks["dense"] = space_mask.repeat(T, keys.numel()) & wide
-            # subtle: readers take no position of their own, or the others' would shift
-            others = S - readers
-            place = torch.arange(S, device=device).clamp(max=others - 1)
-            positions["dense"] = (others * frames[:, None] + place).flatten()
+            # subtle: readers take up no positions, or those of the others would shift
+            place = torch.arange(S, device=device)
+            positions["dense"] = ((S - readers) * frames[:, None] + place).flatten()
         return {kind: rope_angles(x, self.size) for kind, x in positions.items()}, masks
 
     def forward(self, x, space_mask, cache=None, single=None, readers=0):
