@@ -45,7 +45,8 @@ from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, controls,
 from dynamics import Batch, Dream
 from tokenizer import Cache
 
-REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 10_000, 20_000, 30_000, 40_000
+# Reported on; choices are made on reference episodes of seeds from 10,000 and in VALIDATION
+REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 15_000, 20_000, 50_000, 40_000
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
 ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
