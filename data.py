@@ -24,7 +24,7 @@ import sys
 import traceback
 import types
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,10 +33,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                 # Windows
+    fcntl = None
+
 VERSION = 2                                         # of what is on disk
 TYPES = {"frames": "u1", "actions": "f4", "labelled": "?", "events": "u1",
          "continues": "u1"}                         # probes: u1
 ENVS = Path(__file__).parent / "envs"
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")          # microseconds of each so many
 PROCESSES = multiprocessing.get_context("spawn")    # fork hurts torch
 
 
@@ -69,6 +75,8 @@ def run_cli(main):
     SIGTERM one line and 130 and 143."""
     def stop(number, frame):
         raise KeyboardInterrupt(128 + number)
+    for stream in (sys.stdout, sys.stderr):         # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         signal.signal(signal.SIGTERM, stop)
         keep_buffers()
@@ -378,6 +386,9 @@ def count_workers(workers, jobs=1 << 20):
     if workers <= 0:
         affinity = getattr(os, "sched_getaffinity", None)     # only where Linux has it
         workers = len(affinity(0)) if affinity else os.cpu_count()
+        with suppress(OSError, ValueError):         # a container's limit, "max" for none
+            quota, period = map(int, CPU_LIMIT.read_text().split())
+            workers = min(workers, max(1, quota // period))
     return min(workers, jobs)
 
 
@@ -715,6 +726,29 @@ def play_episode(env, seed, index, length, skill):
     return Episode(*map(np.stack, columns), probes=probes)
 
 
+def check_world(name, dataset):
+    """UserError where the environment `name` isn't the one that was recorded: it has
+    another spec or, under the recorded actions, other first frames."""
+    env, settings, rows = make_env(name), dataset.settings, dataset.rows(0)[:4]
+    now, then = env.spec.to_json(), dataset.spec.to_json()
+    do = "name the --data.env that was recorded, or delete them to record them again"
+    for key in (key for key in now if now[key] != then[key]):
+        raise UserError(f"{key} {now[key]} of {name}", f"{then[key]}, as in the recordings "
+                        f"in {dataset.path}", do)
+    if settings.get("env") != name or "seed" not in settings:
+        return                                      # somebody else's play
+
+    actions, films = column(rows, "actions"), []
+    for _ in range(2):
+        film = [env.reset(settings["seed"]), *(env.step(a)[0] for a in actions[1:])]
+        films.append(np.array(film, int))
+    if not np.array_equal(*films):
+        print(f"{name} doesn't follow from its seed: agents are judged in different worlds.")
+    elif np.abs(films[0] - rows["frames"]).max() > 8:   # less is another machine's rounding
+        raise UserError(f"other first frames from {name} than in {dataset.path}",
+                        "the world that was recorded", do)
+
+
 def record_one(out, name, index, seed, length, skill):
     """Record an episode -> its length."""
     episode = play_episode(make_env(name), seed, index, length, skill)
@@ -731,6 +765,28 @@ def choose_skills(env, episodes, seed, skill):
         return [skill or "-"] * episodes
     names, p = list(shares), list(shares.values())
     return [str(rng_for(seed, "skill", i).choice(names, p=p)) for i in range(episodes)]
+
+
+@contextmanager
+def one_writer(folder):
+    """Whoever else writes this dataset is waited for. The lock goes with its process; there
+    is none on Windows, and none in a folder that can't be written."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / "lock", "a+", encoding="utf-8", errors="backslashreplace")
+            stack.enter_context(file)
+            if fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    print(f"Waiting for {folder}, which {file.read()} writes.", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} ({this_command()})")
+                file.flush()
+        yield
 
 
 def begin_recording(spec, out, settings):
@@ -770,19 +826,20 @@ def record(env, out, episodes, length, seed, workers=0, skill=None):
     skills = choose_skills(world, episodes, seed, skill)
     settings = {"env": env, "episodes": episodes, "length": length, "seed": seed,
                 "skill": skill, "skills": skills}
-    todo = begin_recording(world.spec, out, settings)
-    jobs = [(out, env, i, seed, length, skills[i]) for i in todo]
-    bar = tqdm(total=length * len(todo), unit="frame", desc="record", disable=not todo)
-    try:
-        for _, frames in work(record_one, jobs, workers):
-            bar.total -= length - frames            # an early death shortens the whole
-            bar.update(frames)
-    finally:
-        bar.close()
-        for part in out.glob("*.tmp"):              # of a worker that was stopped
-            part.unlink()
-    if not read_about(out)["complete"]:
-        finish_dataset(out, world.spec, settings)
+    with one_writer(out):
+        todo = begin_recording(world.spec, out, settings)
+        jobs = [(out, env, i, seed, length, skills[i]) for i in todo]
+        bar = tqdm(total=length * len(todo), unit="frame", desc="record", disable=not todo)
+        try:
+            for _, frames in work(record_one, jobs, workers):
+                bar.total -= length - frames        # an early death shortens the whole
+                bar.update(frames)
+        finally:
+            bar.close()
+            for part in out.glob("*.tmp"):          # of a worker that was stopped
+                part.unlink()
+        if not read_about(out)["complete"]:
+            finish_dataset(out, world.spec, settings)
     return Dataset(out)
 
 

@@ -39,14 +39,16 @@ from tqdm import tqdm
 from agent import (STAGES, autocast, dream_of, freeze, imagine_rollout, load_checkpoint,
                    load_run, pick_device, pick_dtype, sample_action, sha256_of,
                    split_logits)
-from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, controls, copy_env,
-                  count_workers, finish_dataset, make_env, play_episode, read_json, record,
-                  run_cli, this_command, write_episode, write_json, write_whole)
+from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, check_world,
+                  controls, copy_env, count_workers, finish_dataset, make_env, play_episode,
+                  read_json, record, run_cli, this_command, write_episode, write_json,
+                  write_whole)
 from dynamics import Batch, Dream
 from tokenizer import Cache
 
 # Reported on; choices are made on reference episodes of seeds from 10,000 and in VALIDATION
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 15_000, 20_000, 50_000, 40_000
+JUDGED = range(10_000, 60_000)                  # seeds of worlds that nothing trains on
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
 ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
@@ -274,10 +276,18 @@ def shuffle_actions(actions, context, by):
     return torch.cat([actions[:, :context], actions[:, context:].roll(by, 0)], 1)
 
 
+def split_clips(dataset, context, horizon):
+    """-> context and length of clips, less where the longest episode is shorter."""
+    length = min(context + horizon, max(dataset.lengths))
+    if length < 2:
+        raise UserError(f"Got episodes of one frame in {dataset.path}, need two to dream.")
+    return min(context, length // 2), length
+
+
 @torch.no_grad()
 def roll_out(run, dataset, horizon, context=CONTEXT, per_episode=CLIPS, sampler=AS_TRAINED):
     """Films of a run on the reference set; without dynamics reconstructions alone."""
-    length = min(context + horizon, max(dataset.lengths))
+    context, length = split_clips(dataset, context, horizon)
     clips, h = reference_clips(dataset, per_episode, length, run.device), length - context
     batch, probes = encode(run, clips), read_probes(dataset, *clips[3:], length)
     recon = torch.cat([run.tokenizer.decode(x) for x in batch.z.split(16)])
@@ -671,6 +681,10 @@ def reference_of(folder):
 def judge_world(folder, stage, device, dtype="auto", sampler=AS_TRAINED):
     """The world model of a stage (None: the latest) -> results.json. Returns the run."""
     dataset, run = reference_of(folder), load_run(folder, stage, device, dtype)
+    check_world(data_config(folder)["env"], dataset)
+    if run.spec != dataset.spec:
+        raise UserError(f"Got {run.path}, made with another world than {dataset.path} "
+                        "holds, need one of that: train it again.")
     rows = evaluate_world(run, dataset, dtype, sampler=sampler)
     add_results(folder, this_command(), rows)
     if run.agent:
@@ -713,14 +727,14 @@ def border(frames, color, width=3):
 def dream_film(run, dataset, clips=4, horizon=32, dtype="auto", seed=0, sampler=AS_TRAINED):
     """uint8 (T, H', W', 3): for each clip imagined (left) and real (right). The left border
     is green while the model is shown real frames and orange from where it imagines."""
-    length = min(CONTEXT + horizon, max(dataset.lengths))
+    context, length = split_clips(dataset, CONTEXT, horizon)
     real = reference_clips(dataset, 1, length, run.device, clips)
     with autocast(run.device, dtype):
         batch = encode(run, real)
-        dreamed = dream_clips(run, batch, length - CONTEXT, seed, sampler=sampler)
+        dreamed = dream_clips(run, batch, length - context, seed, sampler=sampler)
     dreamed = dreamed.cpu().numpy()
-    left = np.concatenate([border(dreamed[:, :CONTEXT], GREEN),
-                           border(dreamed[:, CONTEXT:], ORANGE)], 1)
+    left = np.concatenate([border(dreamed[:, :context], GREEN),
+                           border(dreamed[:, context:], ORANGE)], 1)
     pairs = np.concatenate([left, border(real.frames.cpu().numpy(), GREEN)], -2)
     return np.concatenate(list(pairs), -2)      # the clips side by side
 
@@ -791,6 +805,9 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     C, H = agent.cfg.context, agent.cfg.horizon
     prompts = tuple(run.spec.tasks.index(name) for name, _ in run.spec.prompt_order)
     windows = Windows(C, True, "all", (C, C + H - 1), prompts)
+    if not len(dataset.long_enough(windows)):
+        print(f"Left out: {path}, for no episode in {dataset.path} has {C} frames.")
+        return
     windows = windows._replace(relevant=len(dataset.windows_with_event(windows)[0]) > 0)
     *where, task = dataset.sample(np.random.default_rng(seed), rows, windows)
     asked = torch.as_tensor(task, device=device)[:, None]
@@ -854,7 +871,8 @@ def write_report(folder):
                 if (folder / name).exists()]
     parts = [f"# Report of {folder}", results_table(results), "Commands: `results.json`.",
              *pictures, f"## Settings\n```json\n{config}\n```"]
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    text = "\n\n".join(parts) + "\n"        # a folder's name need not be UTF-8
+    (folder / "report.md").write_text(text, "utf-8", "backslashreplace")
     return folder / "report.md"
 
 

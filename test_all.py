@@ -485,6 +485,60 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         data.record(ENV, tmp_path / "set", 4, 20, 1, workers=1)
 
 
+def test_two_recordings_at_once_are_one(tmp_path):
+    """Fails if one deletes the other's files, or records what the other has."""
+    words = ("record", "--env", ENV, "--episodes", 40, "--length", 200, "--workers", 1,
+             "--out", tmp_path / "both")
+    first, second = start(*words), start(*words)
+    said = [run.communicate(timeout=100) for run in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    waited = sum("Waiting for" in text and "writes" in text for text, _ in said)
+    recorded = sum("40 episodes to record" in text for text, _ in said)
+    assert (waited, recorded) == (1, 1)
+    assert len(data.Dataset(tmp_path / "both").lengths) == 40
+
+
+def test_workers_are_as_many_as_the_cores_we_may_use(tmp_path, monkeypatch):
+    """Fails if a container's limit doesn't count, or "max" is taken for one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    limit = tmp_path / "cpu.max"
+    monkeypatch.setattr(data, "CPU_LIMIT", limit)
+    for text, workers in (("250000 100000", 2), ("50000 100000", 1), ("max 100000", 64)):
+        limit.write_text(text)
+        assert data.count_workers(0) == workers and data.count_workers(3) == 3
+    limit.unlink()
+    assert (data.count_workers(0), data.count_workers(0, 5)) == (64, 5)
+
+
+class EditedEnv(PaintEnv):
+    """PaintEnv that was edited after it had been recorded."""
+    brighter, unseeded = 0, False
+
+    def paint(self, action):
+        again = np.random.default_rng().integers(100) if self.unseeded else 0
+        return super().paint(action) + np.uint8(self.brighter + again)
+
+
+def test_an_edited_world_is_noticed(tmp_path, monkeypatch, capsys):
+    """Fails if a world with another spec, or other pictures, passes for the recorded one;
+    where it doesn't follow from its seed a line says so."""
+    name = f"{__name__}:EditedEnv"
+    dataset = data.record(name, tmp_path / "one", 2, 6, 5, workers=1)
+    capsys.readouterr()
+    data.check_world(name, dataset)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(EditedEnv, "brighter", 40)
+    with pytest.raises(UserError, match="got other first frames from .*EditedEnv than in"):
+        data.check_world(name, dataset)
+    monkeypatch.setattr(EditedEnv, "unseeded", True)
+    data.check_world(name, dataset)
+    assert "doesn't follow from its seed" in capsys.readouterr().out
+    data.check_world(ENV, dataset)                      # control: of another one's play
+    dataset.spec = replace(dataset.spec, tasks=("both_keys", "four"))
+    with pytest.raises(UserError, match=r"got tasks \['four', 'both_keys'\] of"):
+        data.check_world(name, dataset)
+
+
 def test_commands_record_and_describe(tmp_path):
     """Fails if a user's mistake ends in a traceback or in success, or a command breaks."""
     new = "--env", ENV, "--out", tmp_path / "x"
@@ -786,6 +840,19 @@ def test_patches_cells_and_their_latents_are_read_and_drawn_where_they_are():
         for cell, code in zip(cells, model.codes_out(token).split(32), strict=True):
             drawn[cell] += model.draw_cell(code).view(2, 2, 3)
         assert torch.allclose(picture[place], drawn, atol=1e-5)
+
+
+def test_without_a_number_of_latents_each_patch_has_one():
+    """Fails if another frame size leaves too few latents, or none of a patch's own."""
+    sizes = dict(patch=8, cell=4, dim=16, heads=4, layers=3)
+    for height, width, pack, shape in ((48, 48, 1, (36, 64)), (21, 16, 2, (3, 128))):
+        cfg = TokenizerConfig(height=height, width=width, pack=pack, **sizes)
+        tokenizer = Tokenizer(cfg)
+        assert (tokenizer.own, tokenizer.latent_shape) == (1, shape)
+        z = tokenizer.encode(torch.zeros(1, 2, height, width, 3, dtype=torch.uint8))
+        assert z.shape == (1, 2, *shape)
+    with pytest.raises(UserError, match="Got 6 latents and tokenizer.pack 4"):
+        Tokenizer(replace(cfg, pack=4))
 
 
 def test_masked_patches_are_not_seen_and_evaluation_never_masks():
@@ -2095,8 +2162,8 @@ def edit_checkpoint(path, **changes):
     torch.save({**weights(path), **changes}, path)
 
 
-def other_play(folder, env=KEYS, episodes=3, length=36):
-    return data.record(env, folder / "datasets/other", episodes, length, 5)
+def other_play(folder, env=KEYS, episodes=3, length=36, seed=5, name="other"):
+    return data.record(env, folder / "datasets" / name, episodes, length, seed)
 
 
 def unlabelled(folder):
@@ -2137,7 +2204,13 @@ FAULTS = {
     "episode corrupted": (lambda w, r: [break_file(x) for x in (w / EPISODES).glob("*.npy")
                                         ], (*NEW, *PLAY), "changed bytes"),
     "other actions": (lambda w, r: other_play(w, NUMBERS), of("dynamics", *OTHER),
-                      "Got actions {'classes'"),
+                      "got actions {'classes'"),
+    "worlds of the judges": (lambda w, r: other_play(w, seed=49_998), (*NEW, *OTHER),
+                             "Got the worlds 49998 to 50000 in datasets/other, need none"),
+    "too many worlds": (None, (*NEW, "--data.episodes", 10_001), "0 to 10000 in datasets/"),
+    "judged by worlds it learns": (
+        lambda w, r: (other_play(w), other_play(w, seed=7, name="judge")),
+        (*NEW, *OTHER, "--data.reference", "datasets/judge"), "Got worlds of datasets/other"),
     "continuous actions": (lambda w, r: other_play(w, NUMBERS), (
         *ALL, *OTHER, "--data.env", NUMBERS), "Got continuous actions"),
     "no event to learn from": (lambda w, r: eventless(w), (*ALL, *OTHER),
@@ -2224,6 +2297,15 @@ def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
     rows = play.evaluate_agents("runs/base", torch.device("cpu"), "fp32", 2, 3, agents)
     assert {row.of["agent"] for row in rows if row.name == "achievements"} == {"BC"}
     assert "Left out: imagination" in capsys.readouterr().out
+
+
+def test_no_folder_for_the_compiler_is_one_line(tmp_path):
+    """Fails if torch's own traceback is what one sees, late."""
+    run = subprocess.run([sys.executable, REPO / "train.py"], cwd=tmp_path, text=True,
+                         capture_output=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR":
+                                                   "/proc/nowhere"})
+    assert run.returncode == 2 and not list(tmp_path.iterdir())
+    assert re.fullmatch("error: Got no folder for the compiler .*\n", run.stderr)
 
 
 def test_few_imagination_steps_move_the_policy(copy):
@@ -2802,6 +2884,21 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
     assert play.find(rows, "ssim", {"film": "dream", "horizon": 4}).value > 0.999
     assert {row.of.get("film") for row in rows} == {
         None, "dream", "shuffled", "copy", "reconstruction", "next"}
+
+
+def test_short_episodes_are_judged(tmp_path, monkeypatch, capsys):
+    """Fails if episodes no longer than a dream's context can't be dreamed on."""
+    dataset, run = data.record(KEY_ENV, tmp_path / "set", 4, 12, 1, workers=1), key_run()
+    rows = play.evaluate_world(run, dataset, "fp32")
+    assert {row.of["horizon"] for row in rows if row.of.get("film") == "dream"} == {1, 4}
+    film = play.dream_film(run, dataset, clips=2, dtype="fp32")
+    orange = (film[:, 0, 0] == play.ORANGE).all(-1)
+    assert orange.tolist() == [False] * 6 + [True] * 6
+    run.agent.cfg = replace(run.agent.cfg, context=13)
+    play.picture_imagined(run, dataset, tmp_path / "x.png", dtype="fp32")
+    assert "Left out: " in capsys.readouterr().out and not (tmp_path / "x.png").exists()
+    data.record(KEY_ENV, tmp_path / "least", 2, 2, 1, workers=1)
+    assert play.evaluate_world(run, data.Dataset(tmp_path / "least"), "fp32")
 
 
 def test_a_rare_class_counts_as_much_as_a_common_one():

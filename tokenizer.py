@@ -333,7 +333,7 @@ class TokenizerConfig:
     layers: int = 4             # of the encoder, and as many of the decoder
     heads: int = 4
     kv_heads: int = 2
-    latents: int = 9            # bottleneck tokens of a frame (512)
+    latents: int = 0            # bottleneck tokens of a frame (512); 0: one a patch
     channels: int = 64          # of each (16)
     pack: int = 1               # tokens merged into one for the dynamics (2)
     cell: int = 8               # side of the cells that a shared MLP reads, draws; 0: none
@@ -343,11 +343,8 @@ class TokenizerConfig:
     lpips: float = 0.0          # weight of the perceptual loss, needs lpips (0.2)
 
     def __post_init__(self):
-        check_config("tokenizer", self, zero=("cell",), shares=("mae_max",))
+        check_config("tokenizer", self, zero=("cell", "latents"), shares=("mae_max",))
         check_transformer("tokenizer", self, TIME_EVERY)
-        if self.latents % self.pack:
-            raise UserError(f"Got tokenizer.latents {self.latents} and tokenizer.pack "
-                            f"{self.pack}: latents must be divisible by pack.")
         if self.cell and self.patch % self.cell:
             raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of "
                             f"tokenizer.patch {self.patch}, or 0 for none.")
@@ -415,12 +412,16 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.patches = -(-cfg.height // cfg.patch) * -(-cfg.width // cfg.patch)
+        self.latents = cfg.latents or self.patches
+        if self.latents % cfg.pack:
+            raise UserError(f"Got {self.latents} latents and tokenizer.pack {cfg.pack}: "
+                            "latents must be divisible by pack.")
         # not in the paper: where latents divide evenly among the patches, a latent starts
         # from its patch's token and a patch query from its latents: there is no routing to
         # learn
         self.own = 0                    # latents of a patch
-        if cfg.local and cfg.latents % self.patches == 0:
-            self.own = cfg.latents // self.patches
+        if cfg.local and self.latents % self.patches == 0:
+            self.own = self.latents // self.patches
 
         def embedding(*shape):
             return nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
@@ -428,7 +429,7 @@ class Tokenizer(nn.Module):
         size = cfg.patch ** 2 * 3
         self.patch_in = nn.Linear(size, cfg.dim)
         self.patch_position, self.hidden_patch = embedding(self.patches), embedding()
-        self.latent_query = embedding(cfg.latents)
+        self.latent_query = embedding(self.latents)
         self.patch_query = embedding(self.patches)
         self.encoder = Transformer(cfg, cfg.layers, TIME_EVERY)
         self.decoder = Transformer(cfg, cfg.layers, TIME_EVERY)
@@ -446,8 +447,13 @@ class Tokenizer(nn.Module):
             self.codes_in = nn.Linear(codes, cfg.dim)
             self.codes_out = nn.Linear(cfg.dim, codes)
         self.register_buffer("latent_std", torch.ones(()))      # measured after training
-        self.encoder_mask = functools.partial(reader_mask, self.patches, cfg.latents)
-        self.decoder_mask = functools.partial(reader_mask, cfg.latents, self.patches)
+        self.encoder_mask = functools.partial(reader_mask, self.patches, self.latents)
+        self.decoder_mask = functools.partial(reader_mask, self.latents, self.patches)
+
+    @property
+    def latent_shape(self):
+        """(S_z, Z) of a frame's latents as the dynamics get them: packed."""
+        return self.latents // self.cfg.pack, self.cfg.channels * self.cfg.pack
 
     def new_cache(self):
         return Cache(self.cfg.context)
@@ -498,7 +504,7 @@ class Tokenizer(nn.Module):
             queries = queries + latents.unflatten(2, (self.patches, self.own)).sum(3)
         tokens = torch.cat([latents, queries], 2)
         tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
-        return self.draw_patches(tokens[:, :, self.cfg.latents:])
+        return self.draw_patches(tokens[:, :, self.latents:])
 
     def forward(self, x, hidden=None):
         return self.reconstruct(self.bottleneck(x, hidden))
@@ -509,8 +515,7 @@ class Tokenizer(nn.Module):
         z = self.bottleneck(scale_pixels(frames), cache=cache)
         if cache:
             cache.advance(z.shape[1])
-        B, T, n, c = z.shape
-        return z.reshape(B, T, n // self.cfg.pack, c * self.cfg.pack) / self.latent_std
+        return z.reshape(*z.shape[:2], *self.latent_shape) / self.latent_std
 
     def decode(self, z, cache=None):
         """Latents (B, T, S_z, Z) -> uint8 frames (B, T, H, W, 3)."""

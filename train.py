@@ -38,7 +38,7 @@ import play
 from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast, dream_of,
                    freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
                    pick_device, pick_dtype, save_checkpoint, sha256_of)
-from data import (Dataset, UserError, Windows, check_config, make_env, read_json, record,
+from data import (Dataset, UserError, Windows, check_config, check_world, read_json, record,
                   rng_for, run_cli, this_command, world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
                       ramp_weight, sample_tau_d, show_as_context)
@@ -130,13 +130,13 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
               "agent.horizon": 6, "train.imagine_batch": 16},
     # a token for each 8x8 cell of a frame: more work a frame, so a smaller model and batch
     "cpu_long": {"data.episodes": 640, "data.eval_episodes": 200, "tokenizer.patch": 8,
-                 "tokenizer.cell": 0, "tokenizer.latents": 81, "tokenizer.channels": 8,
-                 "tokenizer.dim": 128, "tokenizer.heads": 2, "tokenizer.kv_heads": 1,
-                 "tokenizer.layers": 3, "dynamics.dim": 128, "dynamics.heads": 2,
-                 "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
-                 "train.batch": 16, "train.imagine_batch": 32, "agent.horizon": 6,
-                 "agent.prompt_order": 0.5, "train.cooldown": 0.65,
-                 "train.event_rows": 0.6, "train.pure_noise": 0.25, "train.boot_after": 0.6,
+                 "tokenizer.cell": 0, "tokenizer.channels": 8, "tokenizer.dim": 128,
+                 "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.layers": 3,
+                 "dynamics.dim": 128, "dynamics.heads": 2, "dynamics.kv_heads": 1,
+                 "dynamics.layers": 6, "dynamics.time_every": 3, "train.batch": 16,
+                 "train.imagine_batch": 32, "agent.horizon": 6, "agent.prompt_order": 0.5,
+                 "train.cooldown": 0.65, "train.event_rows": 0.6, "train.pure_noise": 0.25,
+                 "train.boot_after": 0.6,
                  "train.tokenizer_steps": 500, "train.dynamics_steps": 5000,
                  "train.agent_steps": 2400, "train.imagine_steps": 900},
 }
@@ -626,8 +626,8 @@ def take_stages(base, folder, stage):
 def encode_all(job, tokenizer, file):
     """Stream all recordings through the tokenizer into an npy file (frames, S_z, Z),
     float16: it may be larger than the memory."""
-    data, cfg = job.dataset, tokenizer.cfg
-    shape = (data.frames_total, cfg.latents // cfg.pack, cfg.channels * cfg.pack)
+    data = job.dataset
+    shape = (data.frames_total, *tokenizer.latent_shape)
     np.lib.format.write_array_header_1_0(
         file, {"descr": "<f2", "fortran_order": False, "shape": shape})
     for i in tqdm(data.episodes("all"), "latents"):
@@ -768,6 +768,8 @@ def train_tokenizer(job):
     cfg, data = job.train, job.dataset
     job.configs["tokenizer"] |= {"height": data.spec.height, "width": data.spec.width}
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
+    print(f"{tokenizer.patches} patches of {tokenizer.cfg.patch}x{tokenizer.cfg.patch} "
+          f"pixels, {tokenizer.latents} latents, {tokenizer.own or 'none'} of a patch's own.")
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
     if cfg.compile:
         compile_module(tokenizer, job.device)
@@ -842,10 +844,10 @@ def frame_weight(tau, cfg):
 def train_dynamics(job):
     """Section 3.2: shortcut forcing on the frozen tokenizer's latents."""
     run = open_stage(job, "tokenizer")
-    recordings, tok = Recordings(job), run.tokenizer.cfg
+    recordings, (tokens, channels) = Recordings(job), run.tokenizer.latent_shape
     recordings.latents = open_latents(job, run.tokenizer)
-    job.configs["dynamics"] |= {"tokens": tok.latents // tok.pack, "channels":
-                                tok.channels * tok.pack, "tasks": len(run.spec.tasks)}
+    job.configs["dynamics"] |= {"tokens": tokens, "channels": channels,
+                                "tasks": len(run.spec.tasks)}
     cfg = DynamicsConfig(**job.configs["dynamics"])
     dynamics = Dynamics(cfg, run.spec.actions).to(job.device)
     if job.train.compile:
@@ -1048,18 +1050,36 @@ def note_minutes(folder, seconds):
     play.add_results(folder, this_command(), rows)
 
 
+def worlds_of(dataset, env):
+    """Seeds of the worlds of `env` in which a dataset was recorded, as far as is known."""
+    settings = dataset.settings
+    if settings.get("env") != env or "seed" not in settings:
+        return range(0)
+    return range(settings["seed"], settings["seed"] + settings["episodes"])
+
+
+def check_seeds(seeds, path):
+    """UserError where recordings of the worlds `seeds` are no play to train on."""
+    judged = play.JUDGED
+    if seeds.start < judged.stop and seeds.stop > judged.start:
+        raise UserError(f"Got the worlds {seeds.start} to {seeds.stop - 1} in {path}, need "
+                        f"none of {judged.start} to {judged.stop - 1}, in which agents and "
+                        "world models are judged: record fewer, or with another seed.")
+
+
 def check_recordings(data, dataset, reference):
     """UserError where recordings can't be trained on, or judge what they taught."""
-    spec = make_env(data.env).spec.to_json()
     for recorded in (dataset, reference):
-        then = recorded.spec.to_json()
-        for key in (key for key in spec if spec[key] != then[key]):
-            raise UserError(f"Got {key} {spec[key]} of {data.env}, the recordings in "
-                            f"{recorded.path} have {then[key]}: name their --data.env, or "
-                            "delete them to record them again.")
+        check_world(data.env, recorded)
     if reference.path.resolve() == dataset.path.resolve():
         raise UserError(f"Got {dataset.path} to train on and as --data.reference, need "
                         "another dataset to judge by: record one with another seed.")
+    seeds = worlds_of(dataset, data.env)
+    if seeds:
+        check_seeds(seeds, dataset.path)
+    if set(seeds) & set(worlds_of(reference, data.env)):
+        raise UserError(f"Got worlds of {dataset.path} in {reference.path} too, need others"
+                        " to judge by: record --data.reference with another seed.")
     if not len(dataset.episodes("valid")):
         raise UserError(f"Got 1 episode in {dataset.path}, which leaves none to hold out, "
                         "need at least 2: record more.")
@@ -1080,9 +1100,13 @@ def prepare(args, configs, device):
         if args.base:
             take_stages(Path("runs") / args.base, folder, args.stage)
         if not data.path:
+            check_seeds(range(data.episodes), path)
             record(data.env, path, data.episodes, data.length, 0)
         reference = play.reference_set(data.env, data.reference_episodes, data.length,
                                        data.reference)
+        if data.path and not data.reference:
+            print(f"Judged by {reference.path}, what {data.env}'s own player does, whatever"
+                  f" {path} holds; --data.reference names another dataset.")
         of = {"part": "record"}
         if RANK == 0 and not play.find(play.read_results(folder), "wall_minutes", of):
             note_minutes(folder, {"record": time.perf_counter() - begin})
@@ -1110,8 +1134,19 @@ def finish(job):
     print(f"Done. Look at {report} and its pictures.")
 
 
+def check_compiler():
+    """UserError where torch can't make the folder of its compiler, which optimizers want
+    too, and which it asks for when the first one is made."""
+    try:
+        torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    except OSError as error:
+        raise UserError(f"Got no folder for the compiler ({error}), need one that can be "
+                        "written: set TORCHINDUCTOR_CACHE_DIR to such a one.") from None
+
+
 def main():
     args, configs = parse()
+    check_compiler()
     device = join_processes(pick_device(args.device))
     args.dtype = pick_dtype(device, args.dtype)
     if configs["tokenizer"]["lpips"]:

@@ -14,7 +14,9 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import zlib
@@ -26,8 +28,8 @@ from skimage.transform import resize_local_mean
 from tqdm import tqdm
 
 from data import (ActionSpec, Dataset, EnvSpec, Episode, UserError, describe, episode_path,
-                  finish_dataset, read_about, read_json, run_cli, work, write_about,
-                  write_episode, write_json)
+                  finish_dataset, one_writer, read_about, read_json, run_cli, work,
+                  write_about, write_episode, write_json)
 
 KEYBOARD = {"ESC": "escape", "back": "s", "drop": "q", "forward": "w", "inventory": "e",
             "jump": "space", "left": "a", "right": "d", "sneak": "left.shift",
@@ -283,18 +285,42 @@ class Report(NamedTuple):
 
 def video_frames(path, fps=None):
     """Frames uint8 (h, w, 3) of a video, one at a time: all as they are, or `fps` a second.
-    ValueError: ffmpeg failed."""
+    ValueError: it is no whole video."""
     import imageio_ffmpeg                                   # of imageio[ffmpeg]
-    # subtle: without passthrough ffmpeg repeats and drops frames to keep an even rate
-    how = ["-vf", f"fps={fps}"] if fps else ["-fps_mode", "passthrough", "-xerror"]
-    reader = imageio_ffmpeg.read_frames(str(Path(path).resolve()), output_params=how,
-                                        input_params=["-threads", "1"])
+    path = str(Path(path).resolve())
+    probe = imageio_ffmpeg.read_frames(path)
     try:
-        width, height = next(reader)["size"]
-        for frame in reader:
-            yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+        about = next(probe)
     except (OSError, RuntimeError) as error:
         raise ValueError(error) from None
+    finally:
+        probe.close()
+    width, height = about["size"]
+
+    # subtle: without passthrough ffmpeg repeats and drops frames to keep an even rate;
+    # without explode it paints over what is damaged
+    how = ["-vf", f"fps={fps}"] if fps else ["-fps_mode", "passthrough"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-err_detect",
+               "explode", "-threads", "1", "-i", path, *how, "-map", "0:v:0", "-pix_fmt",
+               "rgb24", "-f", "rawvideo", "-"]
+    size, n = 3 * width * height, 0
+    with (tempfile.TemporaryFile() as log,
+          subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=log) as process):
+        try:
+            while len(frame := process.stdout.read(size)) == size:
+                yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+                n += 1
+            failed = process.wait()
+        finally:
+            process.kill()
+        log.seek(0)
+        lines = log.read().decode(errors="replace").strip().splitlines()
+    if failed or (fps and lines):
+        raise ValueError(lines[0] if lines else f"ffmpeg ended with {failed}")
+    # some formats don't notice that a download broke off; sound may be longer, a little
+    if fps and n / fps < 0.9 * about["duration"] - 1:
+        raise ValueError(f"{n / fps:.1f} of {about['duration']:.1f} seconds")
 
 
 def read_piece(frames, recording, start, end, size):
@@ -372,11 +398,17 @@ def import_todo(todo, out, names, size, workers, fps):
 def import_files(videos, out, size, workers=0, fps=None):
     """Import videos into one dataset, in parallel; goes on if interrupted -> Dataset. What
     can't be imported is named in one line, with the reason, and left out."""
+    with one_writer(Path(out)):
+        return import_into(videos, out, size, workers, fps)
+
+
+def import_into(videos, out, size, workers, fps):
+    """import_files, where no other process writes the dataset."""
     out, spec, parts, reports = Path(out), minecraft_spec(*size), Path(out) / "parts", {}
     # videos of one name may lie in two folders
-    names = {v: f"{v.stem}-{zlib.crc32(str(v.resolve()).encode()):08x}" for v in videos}
+    names = {v: f"{v.stem}-{zlib.crc32(os.fsencode(v.resolve())):08x}" for v in videos}
     settings = {"size": list(size), "fps": fps,
-                "videos": zlib.crc32(" ".join(names.values()).encode())}
+                "videos": zlib.crc32(os.fsencode(" ".join(names.values())))}
     old = read_about(out) if (out / "dataset.json").is_file() else None
     numbered = any(out.glob("episode_*.npy"))               # then no video may come or go
     for key, value in settings.items():
@@ -419,7 +451,7 @@ def import_vpt(src, out, size, part="all", workers=0):
     for stem in sorted({path.with_suffix("") for path in files}):
         # the segments of a session stay together
         session = re.sub(r"-\d{8}-\d{6}$", "", stem.name)
-        is_reference = zlib.crc32(session.encode()) % 20 == 0
+        is_reference = zlib.crc32(os.fsencode(session)) % 20 == 0
         if part == "all" or is_reference == (part == "reference"):
             videos.append(stem.with_name(f"{stem.name}.mp4"))
     if not videos:

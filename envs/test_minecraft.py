@@ -54,6 +54,9 @@ def vpt_frame(t, height=360, width=640):
     return np.ascontiguousarray(np.broadcast_to(bars, (height, width, 3)))
 
 
+CODECS = {"mp4": "libx264", "webm": "libvpx-vp9"}
+
+
 def frame_numbers(rows):
     """Rows of an episode, of any size -> the t of their vpt_frame."""
     frames = rows["frames"]
@@ -406,6 +409,28 @@ def test_import_video_is_unlabelled(tmp_path, monkeypatch):
     _, pieces = import_pieces(films[0], fps=20)                     # without a lone frame
     assert list(map(frame_numbers, pieces)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9],
                                                 [10, 11, 12, 13, 14]]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm"])
+def test_import_video_notices_damage(tmp_path, kind):
+    """Fails if half a video, or one with a hole, is taken as whole without a word, or a
+    file's name must be UTF-8."""
+    write_film(tmp_path / f"whole.{kind}", np.random.default_rng(0).integers(
+        256, size=(40, 32, 64, 3), dtype=np.uint8), codec=CODECS[kind])
+    film = (tmp_path / f"whole.{kind}").read_bytes()
+    middle = len(film) // 2
+    (tmp_path / f"half.{kind}").write_bytes(film[:middle])
+    hole = film[:middle] + bytes(4096) + film[middle + 4096:]
+    (tmp_path / f"hole.{kind}").write_bytes(hole)
+    (tmp_path / os.fsdecode(b"caf\xe9." + kind.encode())).write_bytes(film)
+    code, output, error = command("import-video", *sorted(tmp_path.glob(f"*.{kind}")),
+                                  "--out", tmp_path / "out", "--size", "16x32",
+                                  "--workers", 1)
+    assert code == 0, error
+    assert Dataset(tmp_path / "out").lengths.tolist() == [40, 40]
+    for name in ("half", "hole"):
+        assert re.search(f"{name}.{kind}: skipped: .+", output + error)
+    assert "2 videos whole, 0 cut short, 2 skipped" in output
 
 
 class FakeMineRL:

@@ -11,7 +11,7 @@ contexts of so many frames ("64 x 16"), with and without the cache.
 """
 
 import itertools
-import resource
+import sys
 import time
 from functools import partial
 
@@ -57,8 +57,8 @@ def seconds(step, repeats, device):
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
         times.append(time.perf_counter() - begin)
     return float(np.median(times[1:]))
 
@@ -219,11 +219,20 @@ def bench(device, dtype="auto", run=None):
     with torch.no_grad(), autocast(device, dtype):
         bench_dreams(rows, device, dtype)
         bench_imagination(rows, device, dtype, run)
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    note(rows, "peak memory", memory / 2 ** 30, "GiB")
+    note(rows, "peak memory", peak_memory(device) / 2 ** 30, "GiB")
     return rows
+
+
+def peak_memory(device):
+    """Bytes at most in use: of the GPU, else of this process (nan on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource                 # Windows has none
+    except ImportError:
+        return float("nan")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def transformer_costs(transformer, S, T):
@@ -245,13 +254,14 @@ def sizes(preset):
     cfg, spec = configs["train"], make_env(configs["data"]["env"]).spec
     size = {"height": spec.height, "width": spec.width}
     tok = TokenizerConfig(**configs["tokenizer"] | size)
-    size = {"tokens": tok.latents // tok.pack, "channels": tok.channels * tok.pack}
-    dyn = DynamicsConfig(**configs["dynamics"] | size | {"tasks": len(spec.tasks)})
     with torch.device("meta"):
-        tokenizer, dynamics = Tokenizer(tok), Dynamics(dyn, spec.actions)
+        tokenizer = Tokenizer(tok)
+        size = dict(zip(("tokens", "channels"), tokenizer.latent_shape, strict=True))
+        dyn = DynamicsConfig(**configs["dynamics"] | size | {"tasks": len(spec.tasks)})
+        dynamics = Dynamics(dyn, spec.actions)
 
     # tokens a frame: patches and latents; action, level, latents, registers, agent
-    S, S_dyn = tokenizer.patches + tok.latents, dyn.tokens + dyn.registers + 3
+    S, S_dyn = tokenizer.patches + tokenizer.latents, dyn.tokens + dyn.registers + 3
     T, T_long = cfg["tokenizer_length"], cfg["long_length"]
     coder, world = (tokenizer.encoder, tokenizer.decoder), dynamics.transformer
     flops = (sum(transformer_costs(net, S, min(tok.context, T))[0] for net in coder),

@@ -72,12 +72,12 @@ def evaluate_rollouts(run, dataset, dtype="auto", horizon=64):
     """-> rows of PSNR and SSIM by film and horizon."""
     with autocast(run.device, dtype):
         rolled = roll_out(run, dataset, horizon)
-    clips = reference_clips(dataset, CLIPS, rolled.real.shape[1], run.device)
+    clips, C = reference_clips(dataset, CLIPS, rolled.real.shape[1], run.device), rolled.context
     by = CLIPS if len(clips.frames) > CLIPS else 1              # as roll_out shuffles
-    actions = shuffle_actions(clips.actions, CONTEXT, by)
+    actions = shuffle_actions(clips.actions, C, by)
     try:
-        frames = torch.from_numpy(play_on(dataset, clips, CONTEXT, actions)[0])
-        frames = torch.cat([clips.frames[:, :CONTEXT], frames.to(run.device)], 1)
+        frames = torch.from_numpy(play_on(dataset, clips, C, actions)[0])
+        frames = torch.cat([clips.frames[:, :C], frames.to(run.device)], 1)
         rolled.films["simulator"] = frames
     except UserError as error:
         print(f"Left out: the simulator. {error}")
