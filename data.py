@@ -743,8 +743,8 @@ def check_world(name, dataset):
         film = [env.reset(settings["seed"]), *(env.step(a)[0] for a in actions[1:])]
         films.append(np.array(film, int))
     if not np.array_equal(*films):
-        print(f"{name} doesn't follow from its seed: agents are judged in different worlds.")
-    elif np.abs(films[0] - rows["frames"]).max() > 8:   # less is another machine's rounding
+        print(f"{name} doesn't follow from its seed: no two agents play the same world.")
+    elif np.abs(films[0] - rows["frames"]).max() > 8:   # less is a machine's rounding
         raise UserError(f"other first frames from {name} than in {dataset.path}",
                         "the world that was recorded", do)
 
@@ -774,8 +774,8 @@ def one_writer(folder):
     with ExitStack() as stack:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / "lock", "a+", encoding="utf-8", errors="backslashreplace")
-            stack.enter_context(file)
+            file = stack.enter_context(open(folder / "lock", "a+", encoding="utf-8",
+                                            errors="backslashreplace"))
             if fcntl:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2210,7 +2210,7 @@ FAULTS = {
     "too many worlds": (None, (*NEW, "--data.episodes", 10_001), "0 to 10000 in datasets/"),
     "judged by worlds it learns": (
         lambda w, r: (other_play(w), other_play(w, seed=7, name="judge")),
-        (*NEW, *OTHER, "--data.reference", "datasets/judge"), "Got worlds of datasets/other"),
+        (*NEW, *OTHER, "--data.reference", "datasets/judge"), "Got worlds of datasets"),
     "continuous actions": (lambda w, r: other_play(w, NUMBERS), (
         *ALL, *OTHER, "--data.env", NUMBERS), "Got continuous actions"),
     "no event to learn from": (lambda w, r: eventless(w), (*ALL, *OTHER),

@@ -769,7 +769,8 @@ def train_tokenizer(job):
     job.configs["tokenizer"] |= {"height": data.spec.height, "width": data.spec.width}
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
     print(f"{tokenizer.patches} patches of {tokenizer.cfg.patch}x{tokenizer.cfg.patch} "
-          f"pixels, {tokenizer.latents} latents, {tokenizer.own or 'none'} of a patch's own.")
+          f"pixels, {tokenizer.latents} latents, {tokenizer.own or 'none'} of a patch's "
+          "own.")
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None
     if cfg.compile:
         compile_module(tokenizer, job.device)

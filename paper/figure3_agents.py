@@ -139,7 +139,8 @@ def compare_agents(folder, contenders, episodes, length, device, dtype="auto"):
 def evaluate_heads(run, dataset, dtype="auto", chunk=100):
     """Rows: how often a predicted reward above 1/2 meets an event in that very frame
     (precision), and an event such a prediction (recall); P(continue)."""
-    found, n, device = [], len(run.spec.tasks), run.device
+    found, tasks, device = [], len(run.spec.tasks), run.device
+    n = max(tasks, 1)                           # without tasks one h tells what goes on
     task = torch.arange(n, device=device)[:, None]
     for i in tqdm(dataset.episodes("all"), "heads", leave=False):
         # the episode under each task at once: rewards (T, tasks), P(continue) (T,)
@@ -157,7 +158,7 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
                 alive.append(run.agent.continue_prob(h).mean(0).cpu().numpy())
 
         # its sums by task, and at terminals and elsewhere
-        predicted, alive = np.concatenate(rewards) > 0.5, np.concatenate(alive)
+        predicted, alive = np.concatenate(rewards)[:, :tasks] > 0.5, np.concatenate(alive)
         true = dataset.episode(i)["events"] > 0
         end = dataset.episode(i)["continues"] == 0
         where = np.stack([end, ~end], 1)
@@ -167,8 +168,8 @@ def evaluate_heads(run, dataset, dtype="auto", chunk=100):
 
     shares = [("continue", {"at": place}, alive[:, k], where[:, k])
               for k, place in enumerate(("terminals", "elsewhere"))]
-    tasks = [({"task": task}, [k]) for k, task in enumerate(run.spec.tasks)]
-    for of, k in [({}, slice(None)), *tasks]:
+    by_task = [({"task": task}, [k]) for k, task in enumerate(run.spec.tasks)]
+    for of, k in [({}, slice(None)), *by_task]:
         tp = right[:, k].sum(1)
         shares.append(("reward_precision", of, tp, predicted[:, k].sum(1)))
         shares.append(("reward_recall", of, tp, true[:, k].sum(1)))
@@ -227,13 +228,15 @@ def main():
     own = [f"{name}={folder.name}:{stage}" for stage, name in AGENTS.items()]
     contenders = [parse_agent(text, folder) for text in args.agent or own]
     rows, dataset = [], reference_of(folder)
-    for stage, name in AGENTS.items():
-        if (folder / f"{stage}.pt").exists():
-            run = load_run(folder, stage, device, args.dtype)
-            try:
-                rows += evaluate_imagination(run, name, dataset, args.dtype)
-            except UserError as error:          # the world can't tell what would have been
-                print(f"Left out: imagined successes. {error}")
+    runs = {name: load_run(folder, stage, device, args.dtype)
+            for stage, name in AGENTS.items() if (folder / f"{stage}.pt").exists()}
+    run = list(runs.values())[-1]
+    for name, other in runs.items():
+        other.agent.cfg = run.agent.cfg         # dreams of one length, by the same steps
+        try:
+            rows += evaluate_imagination(other, name, dataset, args.dtype)
+        except UserError as error:              # the world can't tell what would have been
+            print(f"Left out: imagined successes. {error}")
     rows += evaluate_heads(run, dataset, args.dtype)
     rows += compare_agents(folder, contenders, args.episodes, args.length, device,
                            args.dtype)

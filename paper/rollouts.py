@@ -72,7 +72,8 @@ def evaluate_rollouts(run, dataset, dtype="auto", horizon=64):
     """-> rows of PSNR and SSIM by film and horizon."""
     with autocast(run.device, dtype):
         rolled = roll_out(run, dataset, horizon)
-    clips, C = reference_clips(dataset, CLIPS, rolled.real.shape[1], run.device), rolled.context
+    C, length = rolled.context, rolled.real.shape[1]
+    clips = reference_clips(dataset, CLIPS, length, run.device)
     by = CLIPS if len(clips.frames) > CLIPS else 1              # as roll_out shuffles
     actions = shuffle_actions(clips.actions, C, by)
     try:
