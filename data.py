@@ -255,6 +255,9 @@ def users_code(name):
                         "one that runs", "see the traceback above") from None
 
 
+COPYABLE = {}                                       # class of worlds: they can be copied
+
+
 class CheckedEnv:
     """A world whose answers are what its spec says, and copies: some draw all their frames
     into one buffer. Whatever else the world has it has too."""
@@ -270,11 +273,13 @@ class CheckedEnv:
     def reset(self, seed):
         with users_code(self.spec.name):
             frame = self.checked("a frame", self.env.reset(seed), np.uint8)
-            if self.copyable is None:
-                self.copyable = getattr(self.env, "copyable", False)
-                if self.copyable and not self.copies_are_apart():
-                    self.copyable = False
-                    self.env.reset(seed)            # they may have moved this one
+            kind = type(self.env)
+            if kind not in COPYABLE:                # the first world of its kind
+                COPYABLE[kind] = False
+                if getattr(self.env, "copyable", False):
+                    COPYABLE[kind] = self.copies_are_apart()    # they may have moved it
+                    frame = self.checked("a frame", self.env.reset(seed), np.uint8)
+            self.copyable = COPYABLE[kind]
             return frame
 
     def copies_are_apart(self):
@@ -418,16 +423,27 @@ class Worlds:
     def __init__(self, name, seeds):
         self.name, self.seeds, self.envs = name, seeds, []
 
-    def __call__(self, actions):
-        self.envs = self.envs or [make_env(self.name) for _ in self.seeds]
-        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
-        if actions is None:
-            pairs = zip(self.envs, self.seeds, strict=True)
-            self.frames = np.stack([env.reset(seed) for env, seed in pairs])
-            self.terminal = np.zeros(len(self.envs), bool)
+    def reset(self):
+        """A reset may take a second: where worlds can be copied each is reset once."""
+        if not self.envs:
+            self.envs = [make_env(self.name) for _ in self.seeds]
+            self.first = np.stack([env.reset(seed) for env, seed in
+                                   zip(self.envs, self.seeds, strict=True)])
+            self.fresh = [copy_env(env) for env in self.envs]
         else:
-            for i in np.flatnonzero(~self.terminal):
-                self.frames[i], events[i], self.terminal[i] = self.envs[i].step(actions[i])
+            for i, seed in enumerate(self.seeds):
+                if self.fresh[i]:
+                    self.envs[i] = copy_env(self.fresh[i])
+                else:
+                    self.first[i] = self.envs[i].reset(seed)
+        self.frames, self.terminal = self.first.copy(), np.zeros(len(self.envs), bool)
+
+    def __call__(self, actions):
+        if actions is None:
+            self.reset()
+        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
+        for i in np.flatnonzero(~self.terminal) if actions is not None else ():
+            self.frames[i], events[i], self.terminal[i] = self.envs[i].step(actions[i])
         return self.frames, events, self.terminal
 
 

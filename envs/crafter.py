@@ -7,7 +7,9 @@ record_interactions  scripted interactions, to be judged in dreams by judge() (S
 A frame shows 9x7 cells of 8x8 pixels, the player's in the middle; arrays are [column, row].
 """
 import collections
+import functools
 import heapq
+from types import SimpleNamespace
 
 import numpy as np
 from scipy.ndimage import binary_dilation
@@ -21,9 +23,13 @@ try:
 except ImportError:                                  # optional: make() says how to get it
     crafter = None
 
+if crafter:                                          # reads its pictures for each world
+    crafter.engine.Textures = functools.cache(crafter.engine.Textures)
+
 MOVES = {(-1, 0): "move_left", (1, 0): "move_right",
          (0, -1): "move_up", (0, 1): "move_down"}
 LAND = ("grass", "sand", "path")                     # what can be walked on
+CAVE = np.isin(np.arange(256), (3, 4, 7, 8, 9, 10))  # of probe_semantic: stone, path, ores
 # the ten achievements that a score counts, and how often each is prompted (0 = no end)
 PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect_stone": 5,
            "make_stone_pickaxe": 1, "place_furnace": 1, "collect_coal": 1,
@@ -43,6 +49,67 @@ def make(argument):
     if crafter is None:
         raise UserError("no package crafter", "it to play", "pip install crafter")
     return Crafter()
+
+
+@functools.cache
+def picture(material, thing=None):
+    """A cell of 8x8 pixels: a material's number (0: outside), perhaps a thing's picture on
+    it -> uint8 (8, 8, 3) by day, float (8, 8, 3) what night mixes with it."""
+    canvas = np.full((8, 8, 3), 127, np.uint8)
+    textures = crafter.engine.Textures(crafter.constants.root / "assets")
+    if material:
+        name = crafter.constants.materials[material - 1]
+        canvas[:] = textures.get(name, (8, 8))[..., :3]
+    if thing:
+        crafter.engine._draw_alpha(canvas, np.zeros(2, int), textures.get(thing, (8, 8)))
+    view = crafter.engine.LocalView(SimpleNamespace(area=(64, 64)), textures, (9, 7))
+    return canvas, 2 * view._light(canvas, 0.5) - canvas    # half of each, and no noise
+
+
+@functools.cache
+def grounds():
+    """picture() of all materials: (13, 8, 8, 3) twice."""
+    numbers = range(len(crafter.constants.materials) + 1)
+    return tuple(map(np.stack, zip(*map(picture, numbers), strict=True)))
+
+
+class QuickView:
+    """Draws what Crafter's own view of the map does, to the pixel, from whole cells."""
+
+    def __init__(self, view):
+        self.view = view
+
+    def __call__(self, player, unit):
+        world, corner = self.view._world, player.pos - (4, 3)
+        first, last = np.maximum(corner, 0), np.minimum(corner + (9, 7), world.area)
+        there = tuple(map(slice, first, last))
+        here = tuple(map(slice, first - corner, last - corner))
+        cells, things = np.zeros((2, 9, 7), int)
+        cells[here], things[here] = world._mat_map[there], world._obj_map[there]
+        day, night = (ground[cells] for ground in grounds())
+        for i, j in np.argwhere(things):
+            thing = world._objects[things[i, j]].texture
+            day[i, j], night[i, j] = picture(int(cells[i, j]), thing)
+        day, night = (x.swapaxes(1, 2).reshape(72, 56, 3) for x in (day, night))
+        light = world.daylight
+        if light < 0.5:                              # with noise over all of it
+            canvas = self.view._light(day, light)
+        else:
+            canvas = light * day + (1 - light) * night
+        return self.view._sleep(canvas) if player.sleeping else canvas
+
+
+class QuickItems:
+    """Draws the inventory as Crafter does, each only once."""
+
+    def __init__(self, view):
+        self.view, self.drawn = view, {}
+
+    def __call__(self, inventory, unit):
+        numbers = tuple(inventory.values())
+        if numbers not in self.drawn:
+            self.drawn = {numbers: self.view(inventory, unit)}
+        return self.drawn[numbers]
 
 
 class InsertionSet(dict):
@@ -68,10 +135,13 @@ class Crafter:
 
     def reset(self, seed):
         """-> the first frame. Each world is a new Env: Crafter counts the resets of one."""
-        self.env = crafter.Env(size=(72, 72), length=10 ** 9, seed=int(seed))
-        frame = np.ascontiguousarray(self.env.reset())
+        self.env = env = crafter.Env(size=(72, 72), length=10 ** 9, seed=int(seed))
+        env._local_view = QuickView(env._local_view)
+        env._item_view = QuickItems(env._item_view)
+        frame = np.ascontiguousarray(env.reset())
+        self.cells = env._sem_view()
         # subtle: Crafter draws from sets of objects, which are ordered by memory address
-        world = self.env._world
+        world = env._world
         world._chunks = collections.defaultdict(InsertionSet)
         for thing in world.objects:
             world._chunks[world.chunk_key(thing.pos)].add(thing)
@@ -81,9 +151,10 @@ class Crafter:
         """float32 (1,) -> frame uint8 (72, 72, 3), events bool (22,), terminal."""
         player = self.env._player
         before = list(player.achievements.values())
-        frame = np.ascontiguousarray(self.env.step(int(action[0]))[0])
+        frame, _, _, about = self.env.step(int(action[0]))
+        self.cells = about["semantic"]
         events = np.array(list(player.achievements.values())) > before
-        return frame, events, bool(player.health <= 0)
+        return np.ascontiguousarray(frame), events, bool(player.health <= 0)
 
     def probe(self):
         """True cells (9, 7) around the player (0 = outside), inventory (16,), (daylight *
@@ -91,7 +162,7 @@ class Crafter:
         # subtle: rendering again would draw from the world's random stream at night
         player = self.env._player
         x, y = player.pos
-        cells = np.pad(self.env._sem_view(), 4)[x:x + 9, y + 1:y + 8].astype(np.uint8)
+        cells = np.pad(self.cells, 4)[x:x + 9, y + 1:y + 8].astype(np.uint8)
         light = round(255 * self.env._world.daylight)
         return {"probe_semantic": cells,
                 "probe_inventory": np.array(list(player.inventory.values()), np.uint8),
@@ -108,7 +179,7 @@ class Crafter:
 # ---------------------------------------------------------------------------- symbol reader
 def in_cave(semantic):
     """probe_semantic (..., 9, 7) -> bool (...): over half is rock, ore, lava or path."""
-    return np.isin(semantic, (3, 4, 7, 8, 9, 10)).mean((-2, -1)) > 0.5
+    return CAVE[semantic].mean((-2, -1)) > 0.5
 
 
 def in_view(before, after):
