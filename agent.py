@@ -259,7 +259,7 @@ def agent_losses(agent, h, batch, cloned):
         logits = agent.reward_logits(h[:, :, None], every, 1)[..., 0, :]
         losses["events"] = -two_hot_log_prob(logits, batch.events, agent.bins).mean()
     now = valid[..., 0]
-    nll = -(policy[..., 0] * now).sum() / now.sum().clamp_min(1)
+    nll = -(policy[..., 0] * now).sum() / now.sum()     # nan: no action was known
     return losses, {"bc_next_action": nll.detach()}
 
 

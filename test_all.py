@@ -812,6 +812,7 @@ def test_loss_normalizer_is_a_running_rms():
     norm = LossNormalizer(["a"])
     late = [norm({"a": torch.tensor(5.0 if n < 10 else 0.01)}) for n in range(3100)]
     assert max(late[10:20]) < 0.1 and late[60] > 0.9
+    norm({"a": torch.tensor(0.0)})                          # nothing: it leaves no trace
     assert 7 < norm({"a": torch.tensor(0.1)}) < 8           # 10 / sqrt(0.99 + 0.01 * 100)
 
 
@@ -1256,6 +1257,8 @@ def test_eq9_agent_losses_equal_a_naive_loop():
     for name, values in want.items():
         assert abs(losses[name] - np.mean(values)) < 1e-4, name
     assert abs(metrics["bc_next_action"] - np.mean([x for n, x in bc if n == 0])) < 1e-4
+    losses, metrics = agent_losses(agent, h, batch, torch.zeros(3).bool())
+    assert losses["bc"] == 0 and metrics["bc_next_action"].isnan()  # nothing was shown
 
 
 def test_eq9_random_actions_cannot_be_cloned():

@@ -299,7 +299,8 @@ class LossNormalizer(nn.Module):
     the checkpoint. subtle: the RMS is detached and *running*; by its own value each loss
     would be 1. Its memory grows with the steps, up to 1 / (1 - decay) of them: what a loss
     started at, ln 255 for a two-hot head, would else make it count for next to nothing for
-    a long time.
+    a long time. A loss of exactly 0 is one of nothing (no frame had a target) and leaves no
+    trace.
     """
 
     def __init__(self, names, decay=0.99):
@@ -313,9 +314,10 @@ class LossNormalizer(nn.Module):
         for name, loss in losses.items():
             i = self.names.index(name)
             with torch.no_grad():
+                counts = (loss != 0).float()
                 rate = (10 / (10 + self.count[i])).clamp_min(1 - self.decay)
-                self.square[i].lerp_(loss.detach().float().square(), rate)
-                self.count[i] += 1
+                self.square[i].lerp_(loss.detach().float().square(), rate * counts)
+                self.count[i] += counts
                 rms = self.square[i].sqrt().clamp_min(1e-8)
             total = total + weights.get(name, 1.0) * loss / rms
         return total

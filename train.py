@@ -999,8 +999,11 @@ def run_stage(job, stage):
             play.forget_results(job.folder)     # they were of what was there before
     run = open_stage(job, stage)            # reads back what was written
     if not trained:
-        print(f"Stage {stage}: {final} is there; --resume no trains it again.")
         refuse_flags(job, run)
+        now, then = made_with(job), run.meta["made_with"]
+        other = [f"{name} {then[name]}" for name in then if then[name] != now.get(name)]
+        print(f"Stage {stage}: {final} is there{', with ' * bool(other)}{', '.join(other)}; "
+              "--resume no trains it again.")
     if RANK == 0 and (trained or not (job.folder / f"{stage}_curves.png").exists()):
         write_json(job.folder / "config.json", job.configs)
         pictures(job, run)
