@@ -1863,6 +1863,16 @@ def test_the_agent_stage_shows_cloned_rows_as_the_policy_will_see_them(copy, mon
         cloned_rows.clear()
 
 
+def test_bootstrap_is_of_labelled_rows_too_where_few_are(copy, monkeypatch):
+    """Fails if windows from anywhere come first, and alone have bootstrap."""
+    seen = note_batches(monkeypatch)
+    monkeypatch.setattr(train, "imitation_check", lambda *_: {})
+    train_here(copy[0], *of("agent", "--resume", "no", "--train.batch", 16,
+                            "--data.labels", 0.34, "--train.agent_steps", 60))
+    first = torch.cat([batch.labelled[:2, -1] for batch, *_ in seen]).float()
+    assert 0.55 < first.mean() < 0.8            # half of all, and a third of the others
+
+
 # -------------------------------------------------------------------------- stages, resume
 
 def stop_after(folder, saves, *flags):

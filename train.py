@@ -113,7 +113,7 @@ CONFIGS_OF = {"tokenizer": ("tokenizer",), "dynamics": ("tokenizer", "dynamics")
               "imagine": ("tokenizer", "dynamics", "agent")}    # what a stage is made with
 FIXED_BY_AGENT = ("hidden", "prompt_order", "bc_level", "bc_weight", "prompts",
                   "pretrained")             # imagination can't change them
-FREE = ("train.compile", "train.log_every")                     # may differ after a break
+MAY_DIFFER = ("train.compile", "train.log_every")               # after a break
 LOSSES = {"tokenizer": ("mse", "lpips"), "dynamics": ("dynamics",),
           "agent": ("dynamics", "bc", "reward", "continue", "events"),
           "imagine": ("policy", "value")}
@@ -209,7 +209,7 @@ def check_flags(args, configs):
         raise UserError(f"Got train.long_length {train['long_length']}, need more than "
                         f"dynamics.context {dynamics['context']}: the model must see "
                         "frames without the start of the window. Or --train.long_share 0.")
-    if k & (k - 1) or k > dynamics["k_max"]:
+    if k & (k - 1) or (k > dynamics["k_max"] and args.stage == "all"):
         raise UserError(f"Got agent.k {k}, need a power of two up to dynamics.k_max "
                         f"{dynamics['k_max']}, or 0.")
 
@@ -233,7 +233,7 @@ class Job:
 # -------------------------------------------------------- data parallel: torchrun train.py
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-MINE = slice(RANK, None, PROCESSES)         # this process's rows; process 0 alone writes
+OWN_ROWS = slice(RANK, None, PROCESSES)     # of this process; process 0 alone writes
 
 
 def join_processes(device):
@@ -500,7 +500,8 @@ def made_with(job):
     others = tuple(f"train.{stage}_" for stage in STAGES if stage != job.stage)
     for prefix in (*CONFIGS_OF[job.stage], "train"):
         for key, value in job.configs[prefix].items():
-            if (name := f"{prefix}.{key}") not in FREE and not name.startswith(others):
+            name = f"{prefix}.{key}"
+            if name not in MAY_DIFFER and not name.startswith(others):
                 found[name] = value
     return found
 
@@ -780,14 +781,14 @@ def train_tokenizer(job):
         """(B, T, H, W, 3); windows with an event show the rare things more often."""
         parts = [data.sample(rng, B - B // 2, Windows(T)),
                  data.sample(rng, B // 2, Windows(T, relevant))]
-        episode, start, _ = (np.concatenate(x)[MINE] for x in zip(*parts, strict=True))
-        x = data.read(episode, start, T, ["frames"])["frames"]
+        episode, start, _ = (np.concatenate(x) for x in zip(*parts, strict=True))
+        x = data.read(episode[OWN_ROWS], start[OWN_ROWS], T, ["frames"])["frames"]
         return torch.from_numpy(x).to(job.device)
 
     def loss_fn(draws):
         x = scale_pixels(frames(draws.rng, len(data.events) > 0))
         hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, draws.noise,
-                          job.device)[MINE]
+                          job.device)[OWN_ROWS]
         losses, metrics = reconstruction_loss(tokenizer(x, hidden), x, perceptual), {}
         if (draws.step + 1) % cfg.log_every == 0:
             with torch.no_grad():
@@ -857,7 +858,8 @@ def train_dynamics(job):
     def loss_fn(draws):
         batch, chosen = dynamics_batch(job, recordings, draws, cfg.single_images)
         levels = dynamics_levels(job, dynamics, batch, chosen, draws)
-        batch, levels = batch.rows(MINE).to(job.device), [x[MINE] for x in levels]
+        batch = batch.rows(OWN_ROWS).to(job.device)
+        levels = (x[OWN_ROWS] for x in levels)
         losses, _, metrics = dynamics_losses(dynamics, batch, *levels, draws.noise)
         if (draws.step + 1) % SAVE_EVERY == 0:
             metrics |= rollout_check(job, dataclasses.replace(run, dynamics=dynamics))
@@ -892,6 +894,9 @@ def train_agent(job):
         batch = recordings.read(draws.rng, kinds)
         cloned = torch.arange(B) >= others
         single = torch.from_numpy(draws.rng.random(B) < dyn.single_images) & ~cloned
+        if not recordings.labelled.all():   # the first rows have bootstrap: of any kind
+            order = [draws.rng.permutation(others), np.arange(others, B)]
+            batch = batch.rows(np.concatenate(order))
 
         # the others have the dynamics' loss; the policy will act on committed frames, so
         # cloned rows are shown as such, and a quarter of the others for the reward head
@@ -902,11 +907,11 @@ def train_agent(job):
         weight = torch.where(cloned[:, None], 0.0, frame_weight(tau, dyn))
 
         # the reward head is asked about the task, the agent token told it as a prompt
-        batch = batch._replace(single=single).rows(MINE).to(job.device)
+        batch = batch._replace(single=single).rows(OWN_ROWS).to(job.device)
         prompted = batch._replace(task=agent.prompt(batch.task))
-        losses, h, metrics = dynamics_losses(dynamics, prompted, tau[MINE], d[MINE],
-                                             weight[MINE], draws.noise)
-        more, more_metrics = agent_losses(agent, h, batch, cloned[MINE].to(job.device))
+        levels = (x[OWN_ROWS] for x in (tau, d, weight))
+        losses, h, metrics = dynamics_losses(dynamics, prompted, *levels, draws.noise)
+        more, more_metrics = agent_losses(agent, h, batch, cloned[OWN_ROWS].to(job.device))
         if not cfg.pretrained:
             losses = {}
         if (draws.step + 1) % SAVE_EVERY == 0:
@@ -1002,8 +1007,8 @@ def run_stage(job, stage):
         refuse_flags(job, run)
         now, then = made_with(job), run.meta["made_with"]
         other = [f"{name} {then[name]}" for name in then if then[name] != now.get(name)]
-        print(f"Stage {stage}: {final} is there{', with ' * bool(other)}{', '.join(other)}; "
-              "--resume no trains it again.")
+        print(f"Stage {stage}: {final} is there, made with {', '.join(other) or 'the same'}"
+              "; --resume no trains it again.")
     if RANK == 0 and (trained or not (job.folder / f"{stage}_curves.png").exists()):
         write_json(job.folder / "config.json", job.configs)
         pictures(job, run)
