@@ -72,6 +72,14 @@ class DynamicsConfig:
                             "--dynamics.step_label min.")
 
 
+def to_device(x, device):
+    """A tensor on the device; the host doesn't wait, as it must for a copy of memory that
+    isn't pinned."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class Batch(NamedTuple):
     """Clips of play. actions[:, t] led to frame t; events and continues came on reaching
     it."""
@@ -84,8 +92,7 @@ class Batch(NamedTuple):
     single: torch.Tensor = None         # (B,) bool: its frames are separate images
 
     def to(self, device):
-        return Batch(*(None if x is None else x.to(device, non_blocking=True)
-                       for x in self))
+        return Batch(*(None if x is None else to_device(x, device) for x in self))
 
     def rows(self, index):
         """These rows alone; index: a slice, or numbers (n,)."""
@@ -304,8 +311,8 @@ def dynamics_losses(model, batch, tau, d, weight, generator):
     without waiting for a GPU.
     """
     cfg, device = model.cfg, batch.z.device
-    coarse_rows = (d > model.d_min).any(1).nonzero()[:, 0].to(device)
-    tau, d, weight = tau.to(device), d.to(device), weight.to(device)
+    coarse_rows = to_device((d > model.d_min).any(1).nonzero()[:, 0], device)
+    tau, d, weight = (to_device(x, device) for x in (tau, d, weight))
     z_tilde = corrupt(noise_like(batch.z, generator), batch.z, tau)
     z1_hat, h = model(z_tilde, tau, d, batch)
 

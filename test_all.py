@@ -2100,15 +2100,15 @@ def test_a_loss_that_is_not_finite_stops_and_can_be_replayed(copy, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         train_here(folder, *flags, cli=True)
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "Got a loss of nan" in message
+    assert stop.value.code == 2 and "Got a loss or gradient that is not" in message
     assert "step 4 of tokenizer (seed 7)" in message and "--replay 4" in message
     assert weights(run / "tokenizer.resume.pt")["step"] == 3
     before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
     with pytest.raises(SystemExit) as stop:
         train_here(folder, *flags, "--replay", 4, cli=True)
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and len(seen) == 6 and torch.equal(seen[4], seen[5])
-    assert not torch.equal(seen[3], seen[5])                # control: batches differ
+    assert stop.value.code == 0 and torch.equal(seen[4], seen[-1])
+    assert not torch.equal(seen[3], seen[-1])               # control: batches differ
     assert "steps 3 to 8" in out and re.search(r"step 4 .*: mse \d", out)
     assert "patch_in.weight" in out
     assert {p: p.read_bytes() for p in run.iterdir() if p.is_file()} == before

@@ -41,7 +41,7 @@ from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast,
 from data import (Dataset, UserError, Windows, check_config, check_world, read_json, record,
                   rng_for, run_cli, this_command, world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
-                      ramp_weight, sample_tau_d, show_as_context)
+                      ramp_weight, sample_tau_d, show_as_context, to_device)
 from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
                        latent_health, lpips_loss, mae_mask, reconstruction_loss,
                        scale_pixels)
@@ -366,7 +366,7 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-            overflow = check_finite(job, step, total, norm)
+            overflow = log.watch(step, total, norm)
             for optimizer in optimizers:
                 if not overflow:        # subtle: all of them, or none
                     scaler.step(optimizer)
@@ -377,9 +377,9 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
             log.add({**losses, **metrics, "grad_norm": norm})
             if (step + 1) % job.train.log_every == 0 or step + 1 == job.steps:
                 log.write(step + 1, bar)
-            stop = torch.tensor(max(noted, default=0), device=job.device)
-            stop = int(over_processes(stop, dist.ReduceOp.MAX))
+            stop = signal_of_any(noted, job.device)
             if stop or ((step + 1) % SAVE_EVERY == 0 and step + 1 < job.steps):
+                log.check()
                 save_resume(job, parts, step + 1, log.sums)
             if stop:
                 raise KeyboardInterrupt(128 + stop)
@@ -396,18 +396,6 @@ def print_header(job, start, parameters):
           "validation.", flush=True)
 
 
-def check_finite(job, step, total, norm):
-    """UserError where training diverges. In fp16 gradients may overflow, and the scaler
-    lowers its scale: then True."""
-    overflow = job.args.dtype == "fp16" and not torch.isfinite(norm)
-    if not torch.isfinite(total) or not (overflow or torch.isfinite(norm)):
-        raise UserError(f"Got a loss of {total.item()}, gradient norm {float(norm)} at "
-                        f"step {step} of {job.stage} (seed {job.args.seed}); the last "
-                        f"checkpoint is kept: --stage {job.stage} --replay {step} shows "
-                        "more, or lower --train.lr_matrix and --train.lr.")
-    return overflow
-
-
 def replay(job, compute, total_of):
     """--replay STEP: its losses and gradients under the weights of the last checkpoint."""
     with autocast(job.device, job.args.dtype):
@@ -419,6 +407,14 @@ def replay(job, compute, total_of):
         if p.grad is not None:
             print(f"  gradient norm of {name}: {float(p.grad.norm()):.6g}")
     sys.exit(0)
+
+
+def signal_of_any(noted, device):
+    """The signal that one of the processes was sent, 0: none."""
+    stop = max(noted, default=0)
+    if PROCESSES > 1:
+        stop = int(over_processes(torch.tensor(stop, device=device), dist.ReduceOp.MAX))
+    return stop
 
 
 @contextlib.contextmanager
@@ -442,15 +438,35 @@ def gentle_stop():
 
 class Log:
     """Means of the metrics between two lines of runs/NAME/metrics.jsonl. sums: those since
-    the last line, which a checkpoint keeps."""
+    the last line, which a checkpoint keeps. They stay on the device until a line is
+    written: reading them makes the host wait."""
 
     def __init__(self, job, start, sums):
         self.path, self.stage, self.sums = job.folder / "metrics.jsonl", job.stage, sums
-        self.last, self.warned = None, set()
+        self.last, self.warned, self.seed = None, set(), job.args.seed
+        self.fp16 = job.args.dtype == "fp16"
+        self.diverged = torch.full((), -1, device=job.device)       # first such step
         lines = [json.dumps(x) + "\n" for x in play.read_metrics(job.folder)
                  if x["stage"] != job.stage or x["step"] <= start]  # others come again
         if RANK == 0:
             write_whole(self.path, lambda file: file.write("".join(lines).encode()))
+
+    def watch(self, step, total, norm):
+        """Notes a loss or gradient that isn't finite. In fp16 a gradient may overflow; the
+        scaler lowers its scale then -> whether it did."""
+        overflow = self.fp16 and not norm.isfinite()
+        bad = ~(total if overflow else total + norm).isfinite()
+        self.diverged = torch.where(bad & (self.diverged < 0), step, self.diverged)
+        return overflow
+
+    def check(self):
+        """UserError where training has diverged."""
+        step, stage = int(self.diverged), self.stage
+        if step >= 0:
+            raise UserError(f"Got a loss or gradient that is not finite at step {step} of "
+                            f"{stage} (seed {self.seed}); the last checkpoint is kept: "
+                            f"--stage {stage} --replay {step} shows more, or lower "
+                            "--train.lr_matrix and --train.lr.")
 
     def add(self, values):
         for name, value in values.items():
@@ -461,6 +477,7 @@ class Log:
 
     def write(self, step, bar):
         """Append a line, show it on the bar, warn of what isn't healthy in it."""
+        self.check()
         means = {name: float(total / n) for name, (total, n) in self.sums.items() if n > 0}
         now, rate = time.perf_counter(), None
         if self.last:
@@ -783,7 +800,7 @@ def train_tokenizer(job):
                  data.sample(rng, B // 2, Windows(T, relevant))]
         episode, start, _ = (np.concatenate(x) for x in zip(*parts, strict=True))
         x = data.read(episode[OWN_ROWS], start[OWN_ROWS], T, ["frames"])["frames"]
-        return torch.from_numpy(x).to(job.device)
+        return to_device(torch.from_numpy(x), job.device)
 
     def loss_fn(draws):
         x = scale_pixels(frames(draws.rng, len(data.events) > 0))
