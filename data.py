@@ -249,7 +249,7 @@ def users_code(name):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise UserError(f"{type(error).__name__} in the environment {name}: {error}",
                         "one that runs", "see the traceback above") from None

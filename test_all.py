@@ -391,12 +391,14 @@ def test_a_task_that_is_none_is_refused_by_the_spec(wrong):
 
 
 def test_an_error_in_a_world_shows_its_traceback_and_one_line(monkeypatch, capfd):
-    """Fails if a user can't see where his own code went wrong, or an OSError of his is
-    called a full disk."""
-    monkeypatch.setattr(OddEnv, "frame", staticmethod(lambda x: os.stat("/nowhere")))
-    with pytest.raises(UserError, match="FileNotFoundError in the environment paint"):
-        data.make_env(f"{__name__}:OddEnv").reset(1)
-    assert "Traceback" in (shown := capfd.readouterr().err) and "test_" in shown
+    """Fails if a user can't see where his own code went wrong, an OSError of his is called
+    a full disk, or a world that calls exit ends the program without a word."""
+    for fault, name in ((lambda x: os.stat("/nowhere"), "FileNotFoundError"),
+                        (lambda x: sys.exit("window closed"), "SystemExit")):
+        monkeypatch.setattr(OddEnv, "frame", staticmethod(fault))
+        with pytest.raises(UserError, match=f"{name} in the environment paint"):
+            data.make_env(f"{__name__}:OddEnv").reset(1)
+        assert "Traceback" in (shown := capfd.readouterr().err) and "test_" in shown
 
 
 def test_half_written_episodes_are_recorded_again(tmp_path):
