@@ -176,18 +176,28 @@ def pivot(file, name, down, across):
     return table([down, *head], [[value, *line.values()] for value, line in lines.items()])
 
 
-FRONT = (       # what, its row; what to compare it with, its row
-    ("tokenizer, PSNR in dB", "tokenizer_psnr", {}, "", "", {}),
+FRONT = (       # what, its row; what to compare it with, its row; or a film, by class
+    ("tokenizer, PSNR in dB", "tokenizer_psnr", {}, "reconstruction"),
     ("dream, 1 frame ahead, PSNR in dB", "psnr", {"film": "dream", "horizon": 1},
      "above the last frame repeated", "gain_over_copying", {"horizon": 1}),
     ("dream, 16 frames ahead, PSNR in dB", "psnr", {"film": "dream", "horizon": 16},
      "above the last frame repeated", "gain_over_copying", {"horizon": 16}),
     ("dream, 1 frame ahead, changed cells right", "changed_cells", {"film": "next"},
-     "changes of the inventory, F1", "inventory_f1", {"film": "next"}),
+     "next"),
     ("imitation (BC), achievements of 10", "achievements", {"agent": "BC"},
      "random play", "achievements", {"agent": "random"}),
     ("imagination, achievements of 10", "achievements", {"agent": "imagination"},
      "above BC", "achievements_gain", {"agent": "imagination", "than": "BC"}))
+
+
+def by_class(rows, film):
+    """The mean over what a cell truly shows, which hides no rare thing, and the worst."""
+    of = {"film": film}
+    mean, worst = (find(rows, name, of) for name in ("balanced_cells", "worst_class"))
+    if mean is None:
+        return ""
+    name, share = worst.unit.removeprefix("share of "), 100 * worst.value
+    return f"cells right, mean of {mean.n} classes {show(mean)}; {name}: {share:.0f} %"
 
 
 def front_table():
@@ -195,8 +205,11 @@ def front_table():
     rows, lines = load("default"), []
     if not rows:
         return missing("results --take runs/crafter default")
-    for what, name, of, other, other_name, other_of in FRONT:
-        beside = f"{other} {show(find(rows, other_name, other_of))}".strip()
+    for what, name, of, *beside in FRONT:
+        if len(beside) == 1:
+            beside = by_class(rows, *beside)
+        else:
+            beside = f"{beside[0]} {show(find(rows, *beside[1:]))}".strip()
         lines.append([what, show(find(rows, name, of)), beside])
     return table(["what", "value (95 % interval)", "to compare with"], lines)
 
