@@ -534,6 +534,9 @@ def test_an_edited_world_is_noticed(tmp_path, monkeypatch, capsys):
     data.check_world(name, dataset)
     assert "doesn't follow from its seed" in capsys.readouterr().out
     data.check_world(ENV, dataset)                      # control: of another one's play
+    dataset.spec = replace(dataset.spec, idle=(1, 0, 0))
+    data.check_world(name, dataset)                     # what no key sends is the game's
+    assert dataset.spec == EditedEnv().spec
     dataset.spec = replace(dataset.spec, tasks=("both_keys", "four"))
     with pytest.raises(UserError, match=r"got tasks \['four', 'both_keys'\] of"):
         data.check_world(name, dataset)
@@ -588,6 +591,19 @@ def test_every_action_has_a_control():
     assert [x["key"] for x in data.controls(env)] == ["", *arrows, "1", "2", "3"]
     env.keys = {"x": "dig", " ": "key 1"}
     assert [x["key"] for x in data.controls(env)] == ["", *arrows, "x", "", " "]
+
+
+@pytest.mark.parametrize("idle, right", [
+    ((), True), ((4, 0, 1), True), ((0, 0), False), ((0, 0, 0, 0), False),
+    ((5, 0, 0), False), ((0, -1, 0), False), (("noop", 0, 0), False)])
+def test_idle_is_a_class_of_each_column(idle, right):
+    """Fails if an idle action that isn't one is taken, or is lost with a run."""
+    spec = PaintEnv().spec
+    if right:
+        assert EnvSpec.from_json(replace(spec, idle=idle).to_json()).idle == idle
+    else:
+        with pytest.raises(UserError, match="got idle .* of paint; need"):
+            replace(spec, idle=idle)
 
 
 def test_copied_environments_go_their_own_way():
