@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import socketserver
 import sys
 import tempfile
@@ -1257,10 +1258,17 @@ def serve(args):
 
 def film_actions(args):
     """`play.py dream --actions "right right do"`: the session's film, without a browser."""
+    try:
+        words = shlex.split(args.actions)
+    except ValueError as error:
+        raise UserError(f"Got --actions {args.actions!r} ({error}), need words, those with "
+                        "blanks in quotes: \"right 'jump up' do\".") from None
     session = open_session(args)
+    if not session.keys:
+        raise UserError("Got --actions for a world without keys, need one with some.")
     session.handle({"op": "reset", "seed": PLAY_SEED + args.seed})
     labels = [key["label"] for key in session.keys]
-    for word in args.actions.split():
+    for word in words:
         fits = [i for i, label in enumerate(labels)
                 if word in (label, label.split("_")[-1])]
         if len(fits) != 1:

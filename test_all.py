@@ -3233,21 +3233,24 @@ def test_saved_sessions_are_a_film_and_datasets(tmp_path):
 
 
 def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
-    """Fails if words are matched to other actions, or an unknown one is not named."""
+    """Fails if words are matched to other actions, a name with blanks can't be typed, or
+    an unknown one or a quote without end is not one line."""
     session = game(tmp_path)
     monkeypatch.setattr(play, "open_session", lambda args: session)
     words = ["play.py", "dream", "--out", str(tmp_path / "x.gif"), "--actions"]
-    names = "noop", "left", "right", "move_up", "dig"
+    names = "noop", "left", "jump up", "move_up", "dig"
     for key, label in zip(session.keys, names, strict=False):
         key["label"] = label
-    monkeypatch.setattr(sys, "argv", [*words, "up dig"])
+    monkeypatch.setattr(sys, "argv", [*words, "up 'jump up' dig"])
     play.main()
-    assert [row.action[0] for row in session.rows["real"][-2:]] == [3, 4]
+    assert [row.action[0] for row in session.rows["real"][-3:]] == [3, 2, 4]
     assert len(imageio.mimread(tmp_path / "x.gif")) == len(session.film)
-    monkeypatch.setattr(sys, "argv", [*words, "jump"])
-    with pytest.raises(SystemExit) as stop:
-        run_cli(play.main)
-    assert stop.value.code == 2 and "'jump'" in capsys.readouterr().err
+    for typed, named in (("jump", "'jump'"), ("up 'jump", "No closing quotation")):
+        monkeypatch.setattr(sys, "argv", [*words, typed])
+        with pytest.raises(SystemExit) as stop:
+            run_cli(play.main)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(said) == 1 and named in said[0]
 
 
 def test_without_weights_one_line_names_the_command(tmp_path, monkeypatch, capsys):
