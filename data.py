@@ -252,11 +252,15 @@ def make_env(name):
 
 @contextmanager
 def users_code(name):
-    """What goes wrong in the code of a world is shown whole, and then said in one line."""
+    """What goes wrong in the code of a world is shown whole, and then said in one line;
+    that a package is missing is said alone."""
     try:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"no module {error.name!r} for the environment {name}", "it",
+                        "install it") from None
     except Exception as error:
         traceback.print_exc()
         raise UserError(f"{type(error).__name__} in the environment {name}: {error}",
@@ -324,9 +328,9 @@ class CheckedEnv:
 
 
 def controls(env):
-    """What a person can press: dicts of label, key ("": none), column and value. A two-way
-    key is one of them, any other class column has one for each class. Without env.keys a
-    label gets its arrow, or the next free letter."""
+    """What a person can press in a world, or the dream of a run: dicts of label, key ("":
+    none), column and value. A two-way key is one of them, any other class column has one
+    for each class. Without env.keys a label gets its arrow, or the next free letter."""
     found, keys, actions = [], itertools.count(), itertools.count()
     for i, size in enumerate(env.spec.actions.classes):
         if i == 0 and env.spec.action_names:
