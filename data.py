@@ -25,7 +25,7 @@ import traceback
 import types
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -96,16 +96,16 @@ def run_cli(main):
 def check_config(prefix, cfg, zero=(), shares=()):
     """UserError where a setting has another type than its default, or is out of range: int
     from 1 (those in `zero` from 0), float from 0 (those in `shares` to 1)."""
-    for field in fields(cfg):
-        value, kind, need = getattr(cfg, field.name), field.type, field.type.__name__
+    for setting in fields(cfg):
+        value, kind, need = getattr(cfg, setting.name), setting.type, setting.type.__name__
         right = type(value) is kind or (kind is float and type(value) is int)
         if kind in (int, float):
-            low = 1 if kind is int and field.name not in zero else 0
-            high = 1 if field.name in shares else sys.float_info.max
+            low = 1 if kind is int and setting.name not in zero else 0
+            high = 1 if setting.name in shares else sys.float_info.max
             right = right and low <= value <= high
-            need += f" from {low}" + (" to 1" if field.name in shares else "")
+            need += f" from {low}" + (" to 1" if setting.name in shares else "")
         if not right:
-            raise UserError(f"Got {prefix}.{field.name} {value!r}, need {need}.")
+            raise UserError(f"Got {prefix}.{setting.name} {value!r}, need {need}.")
 
 
 def rng_for(seed, stage, step):
@@ -181,8 +181,16 @@ class EnvSpec:
     prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
+    # classes that mean "do nothing", (): 0 of each; for the game alone, so that recordings
+    # of a world stay its own when it gets some
+    idle: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
+        sizes = self.actions.classes
+        fits = [i in range(size) for i, size in zip(self.idle, sizes, strict=False)]
+        if self.idle and (len(self.idle) != len(sizes) or not all(fits)):
+            raise UserError(f"idle {self.idle} of {self.name}", "a class of each column, "
+                            f"of sizes {sizes}", "correct its EnvSpec")
         asked = [task for task, _ in self.prompt_order]
         for task in (*asked, *self.achievements):
             if task not in self.tasks:
@@ -244,11 +252,15 @@ def make_env(name):
 
 @contextmanager
 def users_code(name):
-    """What goes wrong in the code of a world is shown whole, and then said in one line."""
+    """What goes wrong in the code of a world is shown whole, and then said in one line;
+    that a package is missing is said alone."""
     try:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"no module {error.name!r} for the environment {name}", "it",
+                        "install it") from None
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise UserError(f"{type(error).__name__} in the environment {name}: {error}",
@@ -316,9 +328,9 @@ class CheckedEnv:
 
 
 def controls(env):
-    """What a person can press: dicts of label, key ("": none), column and value. A two-way
-    key is one of them, any other class column has one for each class. Without env.keys a
-    label gets its arrow, or the next free letter."""
+    """What a person can press in a world, or the dream of a run: dicts of label, key ("":
+    none), column and value. A two-way key is one of them, any other class column has one
+    for each class. Without env.keys a label gets its arrow, or the next free letter."""
     found, keys, actions = [], itertools.count(), itertools.count()
     for i, size in enumerate(env.spec.actions.classes):
         if i == 0 and env.spec.action_names:
@@ -748,7 +760,7 @@ def check_world(name, dataset):
     env, settings, rows = make_env(name), dataset.settings, dataset.rows(0)[:4]
     now, then = env.spec.to_json(), dataset.spec.to_json()
     do = "name the --data.env that was recorded, or delete them to record them again"
-    for key in (key for key in now if now[key] != then[key]):
+    for key in (key for key in now if now[key] != then[key] and key != "idle"):
         raise UserError(f"{key} {now[key]} of {name}", f"{then[key]}, as in the recordings "
                         f"in {dataset.path}", do)
     if settings.get("env") != name or "seed" not in settings:

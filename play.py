@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import socketserver
 import sys
 import tempfile
@@ -896,6 +897,15 @@ def pick(request, name, options, default=None):
     return x
 
 
+def read_numbers(request, n):
+    """Where the sliders of a request stand: n numbers from -1 to 1, else UserError."""
+    numbers = request.get("numbers", [0] * n)
+    right = isinstance(numbers, list) and len(numbers) == n
+    if not right or any(type(x) not in (int, float) or not abs(x) <= 1 for x in numbers):
+        raise UserError(f"Got numbers {numbers!r}, need a list of {n} from -1 to 1.")
+    return numbers
+
+
 def png(frame):
     """uint8 (H, W, 3) -> a PNG as base64 text."""
     data = imageio.imwrite("<bytes>", frame, format="png", compress_level=1)
@@ -911,11 +921,12 @@ class Row(NamedTuple):
 
 
 class Session:
-    """The game: the dream beside the real environment, from the same start.
+    """The game: the dream beside the real environment (None: alone), from the same start.
 
-    `handle` answers one request, a dict with "op" and the page's settings. `dream` has no
-    task; `policy_dream` commits the same frames for every world and prompt, so that h
-    (worlds, n, D) is there for all.
+    `handle` answers one request, a dict with "op" and the page's settings. Of the pages
+    that are open, each with a "tab" of its own, one has the `seat` and plays; a request
+    without "tab" always may. `dream` has no task; `policy_dream` commits the same frames
+    for every world and prompt, so that h (worlds, n, D) is there for all.
     """
 
     def __init__(self, run, env, folder, dtype="auto"):
@@ -924,24 +935,54 @@ class Session:
                             "dynamics' first.")
         self.run, self.env, self.dtype, self.device = run, env, dtype, run.device
         self.folder = Path(folder) / "sessions"
-        self.name = f"{env.spec.name}, run {Path(folder).name}, stage {run.stage}"
-        self.spec, self.keys = env.spec, controls(env)
-        self.tasks = list(dict(PromptOrder(env.spec, 1).steps))     # of the prompts
+        world = run if env is None else env
+        self.spec, self.keys = world.spec, controls(world)
+        self.name = f"{self.spec.name}, run {Path(folder).name}, stage {run.stage}"
+        self.idle = self.spec.idle or (0,) * len(self.spec.actions.classes)
+        self.starts = ("nothing",) if env is None else ("held_out", "fresh", "nothing")
+        self.tasks = list(dict(PromptOrder(self.spec, 1).steps))    # of the prompts
         self.policies = {}
         if run.agent:
             self.policies["BC"] = run.agent.policy
         if run.stage == "imagine":
             self.policies = {"BC": run.agent.prior, "imagination": run.agent.policy}
-        self.generator, self.caches = None, (None, None)
+        self.generator, self.caches, self.seat = None, (None, None), None
         self.ops = {"reset": self.reset, "step": self.step, "what_if": self.what_if,
                     "denoise": self.denoise, "mask": self.mask, "save": self.save}
         self.handle({"op": "reset"})
 
-    @torch.inference_mode()
     def handle(self, request):
+        """The answer to one request. Without the seat a page gets the last one again."""
+        request = request if isinstance(request, dict) else {}
+        op = pick(request, "op", (*self.ops, "join", "take", "watch", "leave"))
+        player = self.take_seat(op, request.get("tab", ""))
+        if op == "leave":
+            return {}
+        if op in ("join", "take"):
+            return {**self.shown, **self.about(), "player": player}
+        if op == "watch" or (op == "step" and not player):
+            return {**self.shown, "player": player}
+        if not player:
+            raise UserError("Got a page that watches, need the one that plays: take its "
+                            "place with 'Play here'.")
+        return {**self.play(op, request), "player": True}
+
+    def take_seat(self, op, tab):
+        """Whether this tab plays now. "take" takes any seat, who doesn't watch a free one.
+        """
+        if not isinstance(tab, str):
+            raise UserError(f"Got tab {tab!r}, need a text.")
+        if op == "leave" and tab == self.seat:
+            self.seat = None
+        elif tab and (op == "take" or (op not in ("watch", "leave") and not self.seat)):
+            self.seat = tab
+        return tab in ("", self.seat)
+
+    @torch.inference_mode()
+    def play(self, op, request):
         """K and the signal level of committed frames hold for what is dreamed next."""
-        request, model = request if isinstance(request, dict) else {}, self.run.dynamics
-        op, k_max = self.ops[pick(request, "op", self.ops)], model.cfg.k_max
+        op, model = self.ops[op], self.run.dynamics
+        k_max = model.cfg.k_max
         ks, who = [2 ** i for i in range(k_max.bit_length())], ("keys", *self.policies)
         self.k = pick(request, "k", ks, model.cfg.k)
         self.level = pick(request, "level", range(k_max), round(model.tau_ctx * k_max))
@@ -961,8 +1002,8 @@ class Session:
     def reset(self, request):
         """Both worlds after `PLAYED` frames of the recorded player in a world never trained
         on ("held_out") or at its first frame ("fresh"); or the dream, from "nothing"."""
-        seed = pick(request, "seed", range(2 ** 31), PLAY_SEED)
-        start = pick(request, "start", ("held_out", "fresh", "nothing"), "held_out")
+        start = pick(request, "start", self.starts, self.starts[0])
+        self.seed = seed = pick(request, "seed", range(2 ** 31), PLAY_SEED)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.caches = tuple(Cache(self.run.dynamics.cfg.context) for _ in range(2))
         self.encoder, self.decoder = (self.run.tokenizer.new_cache() for _ in range(2))
@@ -995,11 +1036,19 @@ class Session:
             shown = row if self.film else first
             self.add_row("dream", shown._replace(frame=picture, continues=True))
             self.add_frame(picture, row.frame, color)
+        return {**self.show(), **self.about()}
+
+    def about(self):
+        """What the page is built from."""
         names = self.spec.tasks or ("no task",)
-        return {**self.show(), "controls": self.keys, "policies": list(self.policies),
+        labels = {(key["column"], key["value"]): key["label"] for key in self.keys}
+        idle = [labels.get(place, "column {}: {}".format(*place))
+                for place in enumerate(self.idle)]
+        return {"controls": self.keys, "policies": list(self.policies),
                 "tasks": [names[i] for i in self.tasks], "name": self.name,
                 "k_max": self.run.dynamics.cfg.k_max, "k": self.k, "level": self.level,
-                "seed": seed}
+                "seed": self.seed, "starts": self.starts, "idle": ", ".join(idle),
+                "numbers": self.spec.actions.numbers}
 
     def add_row(self, world, row):
         if len(self.film) < MAX_ROWS:
@@ -1037,8 +1086,12 @@ class Session:
         return self.run.tokenizer.decode(z[:1], self.decoder)[0].cpu().numpy()
 
     def pressed(self, request):
-        """The action of the pressed keys; of those of one column the last one counts."""
-        action, pressed = self.spec.actions.zeros(), request.get("pressed", [])
+        """The action of sliders and pressed keys, of which the last of a column counts."""
+        numbers = read_numbers(request, self.spec.actions.numbers)
+        action = np.array([*self.idle, *numbers], np.float32)
+        pressed = request.get("pressed", [])
+        if pressed and not self.keys:
+            raise UserError(f"Got pressed {pressed!r}, need none: this world has no keys.")
         for i in pressed if isinstance(pressed, list) else [pressed]:
             key = self.keys[pick({"pressed": i}, "pressed", range(len(self.keys)))]
             action[key["column"]] = key["value"]
@@ -1089,13 +1142,17 @@ class Session:
                 "policy": [p[key["column"]][key["value"]] for key in self.keys],
                 "value": agent.values(h).item(), "goes_on": agent.continue_prob(h).item()}
         pictures = {world: png(x) for world, x in zip(self.worlds, self.now, strict=True)}
-        return {"t": self.t, "over": self.over, "readouts": readouts, "pictures": pictures}
+        self.shown = {"t": self.t, "over": self.over, "readouts": readouts,
+                      "pictures": pictures}
+        return self.shown
 
     def what_if(self, request):
         """Counterfactuals (Figure 6): each action for some frames from the frozen state, in
         the dream and in copies of the real environment, where it can be copied."""
         frames, keys = pick(request, "frames", range(1, 17), 4), self.keys[:24]
-        chosen = [self.pressed({"pressed": i}) for i in range(len(keys))]
+        if not keys:
+            raise UserError("Got a world without keys, need some to compare.")
+        chosen = [self.pressed({**request, "pressed": [i]}) for i in range(len(keys))]
         dream, decoder = self.dream.branch(len(keys)), self.decoder.branch(len(keys))
         for _ in range(frames):
             z, _ = dream.step(self.tensor(chosen)[:, None])
@@ -1232,8 +1289,19 @@ def open_server(session, port):
     raise UserError(f"Got --port {port}, need a free one there or up to 99 above.")
 
 
+def open_world(name):
+    """The real world of a run, or None: its dream can be played without."""
+    try:
+        env = make_env(name)
+        env.reset(PLAY_SEED)                    # only here some find that a part is missing
+        return env
+    except UserError as error:
+        print(f"The dream is played alone: {error}", file=sys.stderr)
+        return None
+
+
 def open_session(args):
-    env, device = make_env(data_config(args.run)["env"]), pick_device(args.device)
+    env, device = open_world(data_config(args.run)["env"]), pick_device(args.device)
     run = load_run(args.run, args.stage, device, args.dtype)
     if run.agent:
         freeze(run.agent, device, args.dtype)
@@ -1257,10 +1325,17 @@ def serve(args):
 
 def film_actions(args):
     """`play.py dream --actions "right right do"`: the session's film, without a browser."""
+    try:
+        words = shlex.split(args.actions)
+    except ValueError as error:
+        raise UserError(f"Got --actions {args.actions!r} ({error}), need words, those with "
+                        "blanks in quotes: \"right 'jump up' do\".") from None
     session = open_session(args)
+    if not session.keys:
+        raise UserError("Got --actions for a world without keys, need one with some.")
     session.handle({"op": "reset", "seed": PLAY_SEED + args.seed})
     labels = [key["label"] for key in session.keys]
-    for word in args.actions.split():
+    for word in words:
         fits = [i for i, label in enumerate(labels)
                 if word in (label, label.split("_")[-1])]
         if len(fits) != 1:

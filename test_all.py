@@ -536,6 +536,9 @@ def test_an_edited_world_is_noticed(tmp_path, monkeypatch, capsys):
     data.check_world(name, dataset)
     assert "doesn't follow from its seed" in capsys.readouterr().out
     data.check_world(ENV, dataset)                      # control: of another one's play
+    dataset.spec = replace(dataset.spec, idle=(1, 0, 0))
+    data.check_world(name, dataset)                     # what no key sends is the game's
+    assert dataset.spec == EditedEnv().spec
     dataset.spec = replace(dataset.spec, tasks=("both_keys", "four"))
     with pytest.raises(UserError, match=r"got tasks \['four', 'both_keys'\] of"):
         data.check_world(name, dataset)
@@ -590,6 +593,19 @@ def test_every_action_has_a_control():
     assert [x["key"] for x in data.controls(env)] == ["", *arrows, "1", "2", "3"]
     env.keys = {"x": "dig", " ": "key 1"}
     assert [x["key"] for x in data.controls(env)] == ["", *arrows, "x", "", " "]
+
+
+@pytest.mark.parametrize("idle, right", [
+    ((), True), ((4, 0, 1), True), ((0, 0), False), ((0, 0, 0, 0), False),
+    ((5, 0, 0), False), ((0, -1, 0), False), (("noop", 0, 0), False)])
+def test_idle_is_a_class_of_each_column(idle, right):
+    """Fails if an idle action that isn't one is taken, or is lost with a run."""
+    spec = PaintEnv().spec
+    if right:
+        assert EnvSpec.from_json(replace(spec, idle=idle).to_json()).idle == idle
+    else:
+        with pytest.raises(UserError, match="got idle .* of paint; need"):
+            replace(spec, idle=idle)
 
 
 def test_copied_environments_go_their_own_way():
@@ -2696,6 +2712,37 @@ class BareEnv(KeyEnv):
         return frame, np.zeros(0, bool), terminal
 
 
+class IdleEnv(KeyEnv):
+    """KeyEnv in which classes 2, 0 and 1 are "do nothing"; the first column has names."""
+
+    def __init__(self):
+        self.spec = replace(KeyEnv().spec, idle=(2, 0, 1),
+                            action_names=("left", "right", "stay", "up", "down"))
+
+
+class NumbersEnv(KeyEnv):
+    """KeyEnv without keys: the frame shows three numbers, -1 as 0 and 1 as 200."""
+    actions = ActionSpec(numbers=3)
+
+    def __init__(self):
+        self.spec = replace(KeyEnv().spec, actions=self.actions)
+
+    def paint(self, action):
+        return super().paint(100 * (1 + action))
+
+
+class MixedEnv(NumbersEnv):
+    """NumbersEnv with a class of 2 in place of the first number: it shows as 100 or 200."""
+    actions = ActionSpec(classes=(2,), numbers=2)
+
+
+class AbsentEnv(KeyEnv):
+    """KeyEnv that finds only in play that a part of it is missing."""
+
+    def reset(self, seed):
+        raise UserError("got no simulator; need it; do: install it")
+
+
 class NoiseEnv(KeyEnv):
     """KeyEnv whose frames are as different as can be: by seed, step and action."""
 
@@ -2708,16 +2755,19 @@ KEY_ENV = f"{__name__}:KeyEnv"
 
 
 def key_run(env=KeyEnv, stage="agent"):
-    """A run with random weights, as load_run would give it; one time layer each."""
+    """A run with random weights, as load_run would give it; one time layer each. Stage
+    "dynamics": without an agent."""
     spec, sizes = env().spec, dict(dim=16, layers=3, heads=4, kv_heads=2)
     tokenizer = TokenizerConfig(height=8, width=12, patch=4, cell=2, latents=4, channels=3,
                                 pack=2, context=3, **sizes)
     dynamics = DynamicsConfig(tokens=2, channels=6, tasks=len(spec.tasks), registers=1,
                               context=4, time_every=3, k_max=8, **sizes)
-    agent = Agent(AgentConfig(hidden=16, context=4, horizon=3), 16, spec.actions,
-                  len(spec.tasks))
+    agent = None
+    if stage != "dynamics":
+        agent = randomize(Agent(AgentConfig(hidden=16, context=4, horizon=3), 16,
+                                spec.actions, len(spec.tasks)))
     return Run(Path("none"), stage, spec, randomize(Tokenizer(tokenizer)),
-               randomize(Dynamics(dynamics, spec.actions)), randomize(agent), {})
+               randomize(Dynamics(dynamics, spec.actions)), agent, {})
 
 
 def always_both_keys_and_4(agent):
@@ -3082,11 +3132,25 @@ def test_a_run_is_judged_in_any_world(env, monkeypatch, tmp_path):
 
 # -------------------------------------------------------------------- play inside the dream
 
-def game(tmp_path, start="fresh", stage="agent"):
-    """A session of KeyEnv with random weights, in fp32."""
-    session = play.Session(key_run(stage=stage), KeyEnv(), tmp_path, "fp32")
+def game(tmp_path, start="fresh", stage="agent", env=KeyEnv):
+    """A session with random weights, in fp32."""
+    session = play.Session(key_run(env, stage), env(), tmp_path, "fp32")
     session.handle({"op": "reset", "start": start})
     return session
+
+
+def play_everything(session):
+    """Each request of the page, from each start -> names of those that were refused."""
+    refused = set()
+    for start in session.about()["starts"]:
+        session.handle({"op": "reset", "start": start})
+        for op in ("step", "what_if", "denoise", "mask", "step", "save", "join"):
+            try:
+                json.dumps(session.handle({"op": op, "frames": 1, "k": 2}))
+            except UserError:
+                refused.add(op)
+        assert session.t == 2
+    return refused
 
 
 def keys_of(session, *labels):
@@ -3140,6 +3204,114 @@ def test_a_policy_plays_in_the_world_it_is_given(tmp_path):
     assert np.allclose(policy, [0, 0, 0, 0, 1, 1, 1], atol=1e-6)
     state = session.handle({**pressed, "real": "BC"})               # the prior, untouched
     assert not np.allclose(state["readouts"]["real"]["policy"][4:], 1, atol=1e-2)
+
+
+def test_without_a_key_the_idle_action_is_sent(tmp_path):
+    """Fails if no key means class 0 where that is not "nothing", in a step or when another
+    column's key is tried, or if the page says something else."""
+    session = game(tmp_path, env=IdleEnv)
+    assert session.handle({"op": "join"})["idle"] == "stay, column 1: 0, key 1"
+    session.handle({"op": "step"})
+    assert session.rows["real"][-1].action.tolist() == [2, 0, 1]
+    outcomes = session.handle({"op": "what_if", "frames": 1})["outcomes"]
+    real = {x["label"]: unpng(x["real"])[[1, 1, 5], 0, [0, 1, 1]] for x in outcomes}
+    assert real["key 0"].tolist() == [2, 1, 1] and real["up"].tolist() == [3, 0, 1]
+    plain = game(tmp_path)
+    plain.handle({"op": "step"})
+    assert plain.rows["real"][-1].action.tolist() == [0, 0, 0]      # control: none declared
+
+
+def test_one_page_plays_and_the_others_watch(tmp_path):
+    """Fails if a second page resets the game, moves it or computes anything, if the seat
+    can't be taken, or isn't free when its page goes."""
+    session = game(tmp_path)
+    now = session.handle({"op": "step"})
+
+    def ask(op, tab):
+        return session.handle({"op": op, "tab": tab})
+
+    first = ask("join", "a")
+    assert first["player"] and first["t"] == 1 and first["controls"] == session.keys
+    assert first["pictures"] == now["pictures"] and ask("step", "a")["t"] == 2
+    moved = session.generator.get_state()
+    second = ask("join", "b")
+    assert second["t"] == 2 and second["player"] is False and second["controls"]
+    for op in ("watch", "step", "leave", "watch"):
+        assert ask(op, "b").get("player", False) is False
+    for op in ("reset", "what_if", "denoise", "mask", "save"):
+        with pytest.raises(UserError, match="page that watches"):
+            ask(op, "b")
+    assert session.t == 2 and (session.generator.get_state() == moved).all()
+    assert ask("step", "a")["pictures"] == ask("watch", "b")["pictures"]
+    assert ask("take", "b")["player"] and ask("step", "a")["player"] is False
+    ask("leave", "a")                                               # it has no seat to give
+    assert ask("watch", "a")["player"] is False and ask("step", "b")["t"] == 4
+    ask("leave", "b")
+    assert ask("watch", "a")["player"] is False                     # F5 of b comes back
+    assert ask("join", "b")["player"] and ask("join", "a")["player"] is False
+    assert session.handle({"op": "step"})["t"] == 5                 # a script always may
+
+
+def test_sliders_are_the_numbers_of_an_action(tmp_path):
+    """Fails if numbers don't reach both worlds beside the keys, or wrong ones do."""
+    session = game(tmp_path, stage="dynamics", env=MixedEnv)
+    sent = {"numbers": [0.5, -1], "pressed": [0]}
+    session.handle({"op": "step", **sent})
+    assert all(rows[-1].action.tolist() == [1, 0.5, -1] for rows in session.rows.values())
+    outcome, = session.handle({"op": "what_if", "frames": 1, **sent})["outcomes"]
+    assert unpng(outcome["real"])[[1, 1, 5], 0, [0, 1, 1]].tolist() == [200, 150, 0]
+    session.handle({"op": "step"})
+    assert session.rows["real"][-1].action.tolist() == [0, 0, 0]
+    for numbers in ([0], [0] * 3, 0, "00", None, [0, 1.5], [0, math.nan], [0, True],
+                    [0, "0"], [0, 10 ** 400], {"0": 0}):
+        with pytest.raises(UserError, match="Got numbers"):
+            session.handle({"op": "step", "numbers": numbers})
+    assert session.t == 2
+
+
+@pytest.mark.parametrize("env, stage, refused", [
+    (BareEnv, "agent", set()), (BareEnv, "dynamics", set()), (KeyEnv, "dynamics", set()),
+    (NumbersEnv, "dynamics", {"what_if"})])
+def test_the_game_needs_neither_tasks_nor_keys(env, stage, refused, tmp_path, monkeypatch):
+    """Fails if a world without tasks or without keys, or a run without an agent, can't be
+    played or filmed, or a key that isn't there is an error of ours."""
+    session = game(tmp_path, stage=stage, env=env)
+    assert play_everything(session) == refused
+    monkeypatch.setattr(play, "open_session", lambda args: session)
+    args = SimpleNamespace(actions="'key 0' 'action 4'", seed=0)
+    if refused:
+        with pytest.raises(UserError, match="without keys"):
+            play.film_actions(args)
+        with pytest.raises(UserError, match="no keys"):
+            session.handle({"op": "step", "pressed": [0]})
+    else:
+        assert len(play.film_actions(args)) == min(play.PLAYED, 4) + 2
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("nowhere:Env", "'nowhere:Env'"), ("lacking:Env", "no module 'missing_package'"),
+    (f"{__name__}:AbsentEnv", "no simulator")])
+def test_a_dream_is_played_without_its_world(name, reason, tmp_path, monkeypatch, capsys):
+    """Fails if the dream of a world that isn't installed can't be played and filmed from
+    nothing, if one line doesn't say why, or another start is offered or taken."""
+    config = {"data": {"env": name, "reference_episodes": 3, "length": 26}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lacking.py").write_text("import missing_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(play, "load_run", lambda *_: key_run(IdleEnv))
+    args = play.make_parser().parse_args(["--run", str(tmp_path), "--device", "cpu",
+                                          "--dtype", "fp32", "--actions", "up"])
+    session = play.open_session(args)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and reason in said[0]
+    about = session.about()
+    assert list(about["starts"]) == ["nothing"] and about["idle"].startswith("stay")
+    assert [key["label"] for key in session.keys][:2] == ["left", "right"]
+    assert play_everything(session) == set()
+    for start in ("fresh", "held_out"):
+        with pytest.raises(UserError, match=f"Got start '{start}', need one of nothing"):
+            session.handle({"op": "reset", "start": start})
+    assert len(play.film_actions(args)) == 2
 
 
 def test_read_outs_are_of_their_world_and_prompt(tmp_path, silence):
@@ -3219,21 +3391,24 @@ def test_saved_sessions_are_a_film_and_datasets(tmp_path):
 
 
 def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
-    """Fails if words are matched to other actions, or an unknown one is not named."""
+    """Fails if words are matched to other actions, a name with blanks can't be typed, or
+    an unknown one or a quote without end is not one line."""
     session = game(tmp_path)
     monkeypatch.setattr(play, "open_session", lambda args: session)
     words = ["play.py", "dream", "--out", str(tmp_path / "x.gif"), "--actions"]
-    names = "noop", "left", "right", "move_up", "dig"
+    names = "noop", "left", "jump up", "move_up", "dig"
     for key, label in zip(session.keys, names, strict=False):
         key["label"] = label
-    monkeypatch.setattr(sys, "argv", [*words, "up dig"])
+    monkeypatch.setattr(sys, "argv", [*words, "up 'jump up' dig"])
     play.main()
-    assert [row.action[0] for row in session.rows["real"][-2:]] == [3, 4]
+    assert [row.action[0] for row in session.rows["real"][-3:]] == [3, 2, 4]
     assert len(imageio.mimread(tmp_path / "x.gif")) == len(session.film)
-    monkeypatch.setattr(sys, "argv", [*words, "jump"])
-    with pytest.raises(SystemExit) as stop:
-        run_cli(play.main)
-    assert stop.value.code == 2 and "'jump'" in capsys.readouterr().err
+    for typed, named in (("jump", "'jump'"), ("up 'jump", "No closing quotation")):
+        monkeypatch.setattr(sys, "argv", [*words, typed])
+        with pytest.raises(SystemExit) as stop:
+            run_cli(play.main)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(said) == 1 and named in said[0]
 
 
 def test_without_weights_one_line_names_the_command(tmp_path, monkeypatch, capsys):
@@ -3323,7 +3498,8 @@ def malformed():
               {**step, "pressed": {"a": 1}}, {**step, "dream": "imagination"},
               {**step, "real": None}, {**step, "prompt": 9}, {"op": "reset", "seed": -1},
               {"op": "reset", "seed": 2 ** 40}, {"op": "reset", "start": "../../etc"},
-              {"op": "what_if", "frames": 10 ** 6}, {"op": "mask", "share": "all"}]
+              {"op": "what_if", "frames": 10 ** 6}, {"op": "mask", "share": "all"},
+              {**step, "numbers": [0]}, {**step, "tab": 7}, {**step, "tab": ["a"]}]
     bodies = [json.dumps(x).encode() for x in fields] + [b"[" * 4000, b"", b"\xff", b"{"]
     bodies += [rng.bytes(rng.integers(1, 300)) for _ in range(25)]
     paths = ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/%00",
@@ -3387,25 +3563,38 @@ def chromium():
         browser.close()
 
 
+def open_page(chromium, server, errors):
+    """A tab with the game; what goes wrong in it is added to errors."""
+    page = chromium.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+    return page
+
+
+def wait_for(page, condition, seconds=60):
+    """Until a JavaScript expression is true."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, (condition, page.inner_text("#message"))
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_game_in_a_real_browser(chromium, server, tmp_path):
     """Fails if a person can't play: keys, policies, K, what-if, denoising, masks,
     recording."""
-    page, errors, session = chromium.new_page(), [], server.session
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    errors, session = [], server.session
+    page = open_page(chromium, server, errors)
 
-    def until(condition, seconds=60):
-        end = time.monotonic() + seconds
-        while not page.evaluate(condition):
-            assert time.monotonic() < end, (condition, errors, page.inner_text("#message"))
-            time.sleep(0.05)
+    def until(condition):
+        wait_for(page, condition)
 
     def pictures():
         return [page.evaluate(f"document.getElementById('{world}').toDataURL()")
                 for world in play.WORLDS]
 
-    page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+    until("world")
     page.select_option("#start", "fresh")
     page.click("#reset")
     until("+document.getElementById('frame').textContent > 3")
@@ -3435,3 +3624,85 @@ def test_game_in_a_real_browser(chromium, server, tmp_path):
     page.click("#reset")
     until("document.getElementById('real_world').hidden && !busy")
     assert not errors
+
+
+@pytest.mark.slow
+def test_two_tabs_in_a_real_browser(chromium, server):
+    """Fails if a second tab moves or resets the game, the seat can't be taken, the other
+    tab isn't told, or a page that is loaded again loses the seat or the game."""
+    errors, session = [], server.session
+    first = open_page(chromium, server, errors)
+    wait_for(first, "+$('frame').textContent > 2 && $('watches').hidden")
+    first.click("#pause")
+    wait_for(first, "paused && !busy")
+    moves = session.t
+    second = open_page(chromium, server, errors)
+    wait_for(second, f"+$('frame').textContent === {moves} && !$('watches').hidden")
+    second.keyboard.press("1")
+    time.sleep(1)                                                  # it polls, and more
+    assert session.t == moves
+    first.click("#pause")
+    wait_for(second, f"+$('frame').textContent > {moves + 2}")     # it follows
+    second.click("#take")
+    wait_for(second, "plays && $('watches').hidden")
+    wait_for(first, "!$('watches').hidden")
+    moves = session.t
+    second.reload()
+    wait_for(second, f"world && plays && +$('frame').textContent > {moves + 2}")
+    assert first.is_visible("#watches") and second.is_hidden("#watches") and not errors
+
+
+KEYS_HELD = [           # (d down or u up, key, code) ...: labels of the controls still held
+    ("d 1 Digit1, d Shift ShiftLeft, u ! Digit1", []),
+    ("d z KeyZ, u я KeyZ", []), ("d 1, d Shift, u !", []), ("d z, u z", []),
+    ("d z, d Shift, u Shift", ["sleep"]),                          # control: still down
+    ("d z, u x KeyX", ["sleep"]), ("d 1 Numpad1", []),
+    ("d ц KeyW, d ф KeyA", ["up", "left"]), ("d z KeyW", ["up"]), ("d w KeyZ", ["sleep"]),
+    ("d w, u W", []), ("d w", ["up"]), ("d ArrowLeft Numpad4", ["left"]),
+    ("d ArrowRight ArrowRight, d d KeyD, u ArrowRight ArrowRight", ["right"]),
+    ("d ArrowRight ArrowRight, d d KeyD, u ArrowRight ArrowRight, u d KeyD", []),
+    ("d d KeyD, d Meta MetaLeft, u Meta MetaLeft", [])]
+
+
+@pytest.mark.slow
+def test_keys_in_a_real_browser(chromium, server):
+    """Fails if a key stays held after its release, is released while another key of its
+    control is down, or goes by what it types where its place is known."""
+    errors, labels = [], ["right", "left", "up", "one", "sleep"]
+    places = ["ArrowRight", "ArrowLeft", "ArrowUp", "1", "z"]
+    for control, label, key in zip(server.session.keys, labels, places, strict=False):
+        control.update(label=label, key=key)
+    page = open_page(chromium, server, errors)
+    wait_for(page, "world")
+    assert "no key: right" in page.inner_text("#keys")             # class 0 of the first
+    for events, held in KEYS_HELD:
+        for event in events.split(", "):
+            way, key, code = (*event.split(" "), "")[:3]
+            page.evaluate("([type, key, code]) => document.body.dispatchEvent("
+                          "new KeyboardEvent(type, { key, code, bubbles: true }))",
+                          [{"d": "keydown", "u": "keyup"}[way], key, code])
+        assert page.evaluate("[...held].map(i => world.controls[i].label)") == held, events
+        page.evaluate("dispatchEvent(new Event('blur'))")
+        assert page.evaluate("held.size") == 0
+    assert not errors
+
+
+@pytest.mark.slow
+def test_sliders_in_a_real_browser(chromium, tmp_path):
+    """Fails if the sliders of a world without keys don't reach it, or don't go back."""
+    errors, session = [], game(tmp_path, stage="dynamics", env=NumbersEnv)
+    with play.open_server(session, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = open_page(chromium, server, errors)
+        wait_for(page, "sliders.length === 3 && +$('frame').textContent > 2")
+        page.locator("#keys input").nth(1).fill("0.5")
+        wait_for(page, f"+$('frame').textContent > {session.t + 2}")
+        assert session.rows["real"][-1].action.tolist() == [0, 0.5, 0]
+        page.locator("#keys button").nth(1).click()
+        wait_for(page, f"+$('frame').textContent > {session.t + 2}")
+        assert session.rows["real"][-1].action.tolist() == [0, 0, 0]
+        assert "no key" not in page.inner_text("#keys")
+        page.click("#what_if")
+        wait_for(page, "$('message').textContent.includes('without keys')")
+        server.shutdown()
+    assert len(errors) == 1 and "400" in errors[0]                 # of that alone
