@@ -68,9 +68,7 @@ class PaintEnv:
     A class of 5, two keys, one number. Seeds divisible by 3 end on step 12, others never.
     """
     copyable = True
-
-    def __init__(self):
-        self.spec = EnvSpec("paint", 8, 12, ActionSpec((5, 2, 2), 1), ("four", "both_keys"))
+    spec = EnvSpec("paint", 8, 12, ActionSpec((5, 2, 2), 1), ("four", "both_keys"))
 
     def reset(self, seed):
         self.seed, self.steps = seed, 0
@@ -387,7 +385,7 @@ def test_events_are_counts_that_do_not_wrap(monkeypatch):
 def test_a_task_that_is_none_is_refused_by_the_spec(wrong):
     """Fails if a typing error in a prompt is found in the last evaluation."""
     with pytest.raises(UserError, match="fuor"):
-        replace(PaintEnv().spec, **wrong)
+        replace(PaintEnv.spec, **wrong)
 
 
 def test_an_error_in_a_world_shows_its_traceback_and_one_line(monkeypatch, capfd):
@@ -538,7 +536,7 @@ def test_an_edited_world_is_noticed(tmp_path, monkeypatch, capsys):
     data.check_world(ENV, dataset)                      # control: of another one's play
     dataset.spec = replace(dataset.spec, idle=(1, 0, 0))
     data.check_world(name, dataset)                     # what no key sends is the game's
-    assert dataset.spec == EditedEnv().spec
+    assert dataset.spec == EditedEnv.spec
     dataset.spec = replace(dataset.spec, tasks=("both_keys", "four"))
     with pytest.raises(UserError, match=r"got tasks \['four', 'both_keys'\] of"):
         data.check_world(name, dataset)
@@ -577,7 +575,7 @@ def test_interrupted_recording_goes_on(tmp_path):
     about = json.loads((tmp_path / "set/dataset.json").read_text())
     kept = sorted((tmp_path / "set").glob("episode*"))
     assert not about["complete"] and about["command"] in last and 6 <= len(kept) < 4000
-    assert all(len(data.open_episode(path, PaintEnv().spec)) in (13, 30) for path in kept)
+    assert all(len(data.open_episode(path, PaintEnv.spec)) in (13, 30) for path in kept)
 
 
 def test_every_action_has_a_control():
@@ -600,7 +598,7 @@ def test_every_action_has_a_control():
     ((5, 0, 0), False), ((0, -1, 0), False), (("noop", 0, 0), False)])
 def test_idle_is_a_class_of_each_column(idle, right):
     """Fails if an idle action that isn't one is taken, or is lost with a run."""
-    spec = PaintEnv().spec
+    spec = PaintEnv.spec
     if right:
         assert EnvSpec.from_json(replace(spec, idle=idle).to_json()).idle == idle
     else:
@@ -1498,28 +1496,10 @@ FINALS = ("tokenizer.pt", "dynamics.pt", "agent.pt", "imagine.pt", "latents.npy"
           "latents.json", "config.json")
 
 
-class StageEnv:
-    """A toy world: the frame shows the last action (one class of 5, two keys), the step and
-    the seed. Worlds of seeds divisible by 3 end on step 12."""
+class StageEnv(PaintEnv):
+    """PaintEnv without the number, with prompts, achievements and a probe."""
     spec = EnvSpec("keys", 8, 12, ActionSpec(classes=(5, 2, 2)), ("four", "both_keys"),
                    (("four", 2), ("both_keys", 0)), ("four", "both_keys"))
-
-    def reset(self, seed):
-        self.seed, self.steps = seed, 0
-        return self.paint(self.spec.actions.zeros())
-
-    def paint(self, action):
-        frame = np.zeros((8, 12, 3), np.uint8)
-        frame[..., 0] = action[0]
-        frame[:4, :, 1], frame[4:, :, 1] = action[1:3]
-        frame[..., 2] = self.steps
-        frame[0, 0, 2] = self.seed % 256
-        return frame
-
-    def step(self, action):
-        self.steps += 1
-        events = np.array([action[0] == 4, action[1:3].all()])
-        return self.paint(action), events, self.seed % 3 == 0 and self.steps >= 12
 
     def probe(self):
         return {"probe_even": np.uint8(self.steps % 2 == 0)}
@@ -2653,31 +2633,15 @@ def test_every_equation_has_one_home():
 INF = np.inf
 
 
-class KeyEnv:
-    """The frame shows the last action and, in blue, the step: 5 actions and two keys. Seeds
-    divisible by 3 end on step 12, others never."""
-    copyable = True
-
-    def __init__(self):
-        self.spec = EnvSpec("keys", 8, 12, ActionSpec((5, 2, 2)), ("four", "both_keys"),
-                            prompt_order=(("four", 2), ("both_keys", 0)))
-
-    def reset(self, seed):
-        self.seed, self.steps = seed, 0
-        return self.paint(self.spec.actions.zeros())
+class KeyEnv(PaintEnv):
+    """PaintEnv without the number and the seed's mark, with prompts, a probe, a reader."""
+    spec = EnvSpec("keys", 8, 12, ActionSpec((5, 2, 2)), ("four", "both_keys"),
+                   prompt_order=(("four", 2), ("both_keys", 0)))
 
     def paint(self, action):
-        frame = np.zeros((8, 12, 3), np.uint8)
-        frame[..., 0] = action[0]
-        frame[:4, :, 1], frame[4:, :, 1] = action[1:]
-        frame[..., 2] = self.steps
-        self.action = action
+        self.action, frame = action, super().paint(action)
+        frame[0, 0, 2] = self.steps
         return frame
-
-    def step(self, action):
-        self.steps += 1
-        events = np.array([action[0] == 4, action[1:].all()])
-        return self.paint(action), events, self.seed % 3 == 0 and self.steps >= 12
 
     def probe(self):
         return {"probe_action": np.uint8(self.action[:1])}
@@ -2700,9 +2664,7 @@ class ActionReader:
 class BareEnv(KeyEnv):
     """KeyEnv without tasks, prompts, ground truth or reader; its player stands still."""
     reader = probe = property()
-
-    def __init__(self):
-        self.spec = EnvSpec("bare", 8, 12, ActionSpec(classes=(5, 2, 2)), ())
+    spec = EnvSpec("bare", 8, 12, ActionSpec(classes=(5, 2, 2)), ())
 
     def player(self, rng, skill):
         return types.SimpleNamespace(act=self.spec.actions.zeros)
@@ -2714,18 +2676,13 @@ class BareEnv(KeyEnv):
 
 class IdleEnv(KeyEnv):
     """KeyEnv in which classes 2, 0 and 1 are "do nothing"; the first column has names."""
-
-    def __init__(self):
-        self.spec = replace(KeyEnv().spec, idle=(2, 0, 1),
-                            action_names=("left", "right", "stay", "up", "down"))
+    spec = replace(KeyEnv.spec, idle=(2, 0, 1),
+                   action_names=("left", "right", "stay", "up", "down"))
 
 
 class NumbersEnv(KeyEnv):
     """KeyEnv without keys: the frame shows three numbers, -1 as 0 and 1 as 200."""
-    actions = ActionSpec(numbers=3)
-
-    def __init__(self):
-        self.spec = replace(KeyEnv().spec, actions=self.actions)
+    spec = replace(KeyEnv.spec, actions=ActionSpec(numbers=3))
 
     def paint(self, action):
         return super().paint(100 * (1 + action))
@@ -2733,7 +2690,7 @@ class NumbersEnv(KeyEnv):
 
 class MixedEnv(NumbersEnv):
     """NumbersEnv with a class of 2 in place of the first number: it shows as 100 or 200."""
-    actions = ActionSpec(classes=(2,), numbers=2)
+    spec = replace(KeyEnv.spec, actions=ActionSpec(classes=(2,), numbers=2))
 
 
 class AbsentEnv(KeyEnv):
@@ -2781,7 +2738,7 @@ def always_both_keys_and_4(agent):
 def clips(B=2, T=6, seed=0):
     """Random latents (B, T, 2, 6) and actions, all labelled."""
     z = torch.randn(B, T, 2, 6, generator=torch.Generator().manual_seed(seed))
-    actions = KeyEnv().spec.actions.sample(np.random.default_rng(seed), B, T)
+    actions = KeyEnv.spec.actions.sample(np.random.default_rng(seed), B, T)
     return Batch(z, torch.from_numpy(actions), torch.ones(B, T, dtype=torch.bool))
 
 
@@ -2837,7 +2794,7 @@ def episodes(agent, *firsts):
 def test_comparison_of_agents_against_known_values(tmp_path):
     """Fails if runs are pooled as if they were independent, a time forgets the episodes
     that never got there, worlds are not paired, or a chart is drawn of no agent."""
-    spec = KeyEnv().spec
+    spec = KeyEnv.spec
     # 2 runs, 2 worlds, 2 tasks and death
     bc = [[[3, INF, INF], [INF, INF, 8]], [[5, INF, 9], [7, INF, INF]]]
     imagined = [[[2, INF, INF], [4, 8, INF]], [[1, 9, INF], [3, INF, INF]]]
@@ -3016,7 +2973,7 @@ def test_pictured_prompts_are_those_of_the_order(dataset, monkeypatch, tmp_path)
 def test_prompts_advance_by_real_events(dataset):
     """Fails if events of other tasks count, a prompt changes early, the last one ends, or
     the recorded frames get another prompt than the evaluation would ask for there."""
-    order = play.PromptOrder(KeyEnv().spec, 2)
+    order = play.PromptOrder(KeyEnv.spec, 2)
     both, none = np.ones((2, 2), bool), np.zeros((2, 2), bool)
     first = np.array([[1, 0], [0, 1]], bool)
     changes = [order.advance(events).tolist() for events in (first, none, first)]
@@ -3025,9 +2982,9 @@ def test_prompts_advance_by_real_events(dataset):
     for _ in range(3):
         order.advance(both)
     assert order.task.tolist() == [1, 1]
-    free = play.PromptOrder(replace(KeyEnv().spec, prompt_order=()), 2)     # each in turn
+    free = play.PromptOrder(replace(KeyEnv.spec, prompt_order=()), 2)     # each in turn
     assert free.advance(first).tolist() == [True, False] and free.task.tolist() == [1, 0]
-    assert not play.PromptOrder(BareEnv().spec, 2).advance(np.zeros((2, 0))).any()
+    assert not play.PromptOrder(BareEnv.spec, 2).advance(np.zeros((2, 0))).any()
     prompts = play.prompts_along(dataset)
     fours = [np.cumsum(dataset.episode(i)["events"][:, 0]) for i in range(5)]
     assert (prompts == (np.concatenate(fours) >= 2)).all() and 0 < prompts.mean() < 1
