@@ -282,7 +282,7 @@ def split_clips(dataset, context, horizon):
     length = min(context + horizon, max(dataset.lengths))
     if length < 2:
         raise UserError(f"Got episodes of one frame in {dataset.path}, need two to dream.")
-    return min(context, length // 2), length
+    return context if length > context else length // 2, length
 
 
 @torch.no_grad()

@@ -2140,7 +2140,9 @@ def test_unhealthy_metrics_are_warned_about(tmp_path):
     """Fails if a warning is missing, comes twice, comes for a healthy value, or names what
     the README doesn't explain."""
     written, bar = [], types.SimpleNamespace(write=lambda text, file: written.append(text))
-    log = train.Log(train.Job(None, tmp_path, None, None, None, None, None), 0, {})
+    args = SimpleNamespace(seed=0, dtype="fp32")
+    job = train.Job(args, tmp_path, None, None, None, torch.device("cpu"), None)
+    log = train.Log(job, 0, {})
     good = {"latent_rank": 6.0, "tanh_saturated": 0.02, "grad_norm": 2.0, "entropy": 1.3,
             "kl_prior": 0.1, "value_explained": 0.8, "positive_share": 0.5}
     bad = dict(zip(good, (1.1, 0.9, 1e4, 0.0, 5.0, -2.0, 1.0), strict=True))

@@ -528,7 +528,8 @@ def refuse_changes(job, path, then, now):
     anyway allows it for the recordings and the stages before."""
     for name, made in then.items():
         may_differ, hint = name in ("dataset", *STAGES), ""
-        if now.get(name, made) == made or (may_differ and job.args.resume == "anyway"):
+        allowed = name == "idle" or (may_differ and job.args.resume == "anyway")
+        if allowed or now.get(name, made) == made:      # idle is of the game alone
             continue
         if may_differ:
             hint = ", or go on with --resume anyway"
