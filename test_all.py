@@ -25,6 +25,7 @@ import types
 import zipfile
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1510,7 +1511,17 @@ class NumberEnv(StageEnv):
     spec = replace(StageEnv.spec, actions=ActionSpec(classes=(5, 2, 2), numbers=1))
 
 
-KEYS, NUMBERS = f"{__name__}:StageEnv", f"{__name__}:NumberEnv"
+class TasklessEnv(StageEnv):
+    """StageEnv in which there is nothing to do."""
+    spec = EnvSpec("taskless", 8, 12, ActionSpec(classes=(5, 2, 2)), ())
+
+    def step(self, action):
+        frame, _, terminal = super().step(action)
+        return frame, np.zeros(0), terminal
+
+
+KEYS, NUMBERS, TASKLESS = (f"{__name__}:{name}" for name in (
+    "StageEnv", "NumberEnv", "TasklessEnv"))
 EPISODES = f"datasets/{KEYS.replace(':', '_')}_6x36"
 PLAY = "--data.path", EPISODES
 NEW, ALL = ("--run", "new", "--stage", "tokenizer"), ("--run", "new", "--stage", "all")
@@ -1712,6 +1723,33 @@ def test_labels_are_the_first_episodes_or_where_a_probe_says(keys):
         recordings_of(keys, labels_probe="probe_odd")
 
 
+def test_training_reads_training_episodes_alone(copy, monkeypatch):
+    """Fails if a stage learns from the held-out episode, or is checked on another."""
+    trained, checked = set(), set()
+
+    def noted(self, episode, *rest, real=data.Dataset.read):
+        (checked if checks else trained).update(map(int, episode))
+        return real(self, episode, *rest)
+
+    def note_checks(*args, real):
+        checks.append(real)
+        found = real(*args)
+        checks.pop()
+        return found
+
+    checks = []
+    monkeypatch.setattr(data.Dataset, "read", noted)
+    for name in ("imitation_check", "rollout_check"):
+        real = partial(note_checks, real=getattr(train, name))
+        monkeypatch.setattr(train, name, real)
+    for stage in STAGES:
+        train_here(copy[0], *of(stage, "--resume", "no", "--train.batch", 12,
+                                "--train.tokenizer_batch", 8, "--train.imagine_batch", 16))
+        assert trained == {0, 1, 2, 3, 4} and checked <= {5}, stage
+        trained.clear()
+    assert checked == {5}
+
+
 def test_a_share_of_the_cloned_rows_has_a_task_of_the_prompt_order(keys):
     """Fails if the share counts other rows, the rest shows the order's tasks alone, or a
     world without an order can't be trained on."""
@@ -1869,6 +1907,8 @@ def test_bootstrap_is_of_labelled_rows_too_where_few_are(copy, monkeypatch):
                             "--data.labels", 0.34, "--train.agent_steps", 60))
     first = torch.cat([batch.labelled[:2, -1] for batch, *_ in seen]).float()
     assert 0.55 < first.mean() < 0.8            # half of all, and a third of the others
+    cloned = [batch.labelled[len(batch.labelled) // 2:, -1] for batch, *_ in seen]
+    assert torch.cat(cloned).all()              # what is imitated is known
 
 
 # -------------------------------------------------------------------------- stages, resume
@@ -2226,6 +2266,8 @@ FAULTS = {
         (*NEW, *OTHER, "--data.reference", "datasets/judge"), "Got worlds of datasets"),
     "continuous actions": (lambda w, r: other_play(w, NUMBERS), (
         *ALL, *OTHER, "--data.env", NUMBERS), "Got continuous actions"),
+    "no tasks": (lambda w, r: other_play(w, TASKLESS), (
+        *ALL, *OTHER, "--data.env", TASKLESS), "Got no tasks in datasets/other"),
     "no event to learn from": (lambda w, r: eventless(w), (*ALL, *OTHER),
                                "no task of the prompts is done"),
     "episodes shorter than a long window": (lambda w, r: other_play(w, length=9), (

@@ -1054,6 +1054,9 @@ def check_plan(job, stages):
     if data.spec.actions.numbers:
         raise UserError(f"Got continuous actions in {path}, need classes for the policy: "
                         f"discretise them, {alone}")
+    if not data.spec.tasks:
+        raise UserError(f"Got no tasks in {path}, need one for the policy: name some in "
+                        f"the EnvSpec, {alone}")
     if not recordings.any_labelled():
         raise UserError(f"Got {path} without labelled frames, need actions for the policy: "
                         f"add some (--data.labels), {alone}")
