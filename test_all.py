@@ -1737,8 +1737,14 @@ def test_training_reads_training_episodes_alone(copy, monkeypatch):
         checks.pop()
         return found
 
-    checks = []
+    def shuffled(actions, context, by, real=play.shuffle_actions):
+        others.append(real(actions, context, by))
+        assert not torch.equal(others[-1], actions)     # else it would compare with itself
+        return others[-1]
+
+    checks, others = [], []
     monkeypatch.setattr(data.Dataset, "read", noted)
+    monkeypatch.setattr(play, "shuffle_actions", shuffled)
     for name in ("imitation_check", "rollout_check"):
         real = partial(note_checks, real=getattr(train, name))
         monkeypatch.setattr(train, name, real)
@@ -1747,7 +1753,7 @@ def test_training_reads_training_episodes_alone(copy, monkeypatch):
                                 "--train.tokenizer_batch", 8, "--train.imagine_batch", 16))
         assert trained == {0, 1, 2, 3, 4} and checked <= {5}, stage
         trained.clear()
-    assert checked == {5}
+    assert checked == {5} and others
 
 
 def test_a_share_of_the_cloned_rows_has_a_task_of_the_prompt_order(keys):
@@ -1909,6 +1915,50 @@ def test_bootstrap_is_of_labelled_rows_too_where_few_are(copy, monkeypatch):
     assert 0.55 < first.mean() < 0.8            # half of all, and a third of the others
     cloned = [batch.labelled[len(batch.labelled) // 2:, -1] for batch, *_ in seen]
     assert torch.cat(cloned).all()              # what is imitated is known
+
+
+def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkeypatch):
+    """Fails if an agent without prompts is told its task, or its heads are asked about
+    none; if an imagined rollout has its event behind it, another task than the prompt
+    order's, or another length."""
+    told, asked, kinds, prompts = [], [], [], []
+
+    def dynamics(model, batch, *rest, real=train.dynamics_losses):
+        told.append(batch.task)
+        return real(model, batch, *rest)
+
+    def heads(agent, h, batch, cloned, real=train.agent_losses):
+        asked.append(batch.task)
+        return real(agent, h, batch, cloned)
+
+    def rollout(dream, agent, batch, horizon, real=train.imagine_rollout):
+        told.append(batch.task)
+        assert horizon == 3
+        return real(dream, agent, batch, horizon)
+
+    def losses(agent, h, actions, task, real=train.imagination_losses):
+        asked.append(task)
+        return real(agent, h, actions, task)
+
+    def events(self, n, *how, real=train.Recordings.with_event, **more):
+        kinds.append(how)
+        return real(self, n, *how, **more)
+
+    def read(self, *rest, real=train.Recordings.read):
+        prompts.append(self.prompts is not None)
+        return real(self, *rest)
+
+    stubs = {"dynamics_losses": dynamics, "agent_losses": heads, "imagine_rollout": rollout,
+             "imagination_losses": losses, "imitation_check": lambda *_: {}}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(train, name, stub)
+    train_here(copy[0], *of("agent", "--resume", "no", "--agent.prompts", "false"))
+    monkeypatch.setattr(train.Recordings, "with_event", events)
+    monkeypatch.setattr(train.Recordings, "read", read)
+    train_here(copy[0], *of("imagine", "--resume", "no"))
+    assert len(told) == len(asked) == 16 and all((task == 2).all() for task in told)
+    assert all((task < 2).all() for task in asked)      # 2: no task
+    assert set(kinds) == {(4, 1.0, (4, 6))} and all(prompts)    # context 4, horizon 3
 
 
 # -------------------------------------------------------------------------- stages, resume
@@ -2176,13 +2226,27 @@ def test_the_same_seed_gives_the_same_metrics(copy):
         assert len(lines[0]) == 30 and lines[0] == lines[1] != lines[2], stage
 
 
+def new_log(folder):
+    args, cpu = SimpleNamespace(seed=0, dtype="fp32"), torch.device("cpu")
+    return train.Log(train.Job(args, folder, None, None, None, cpu, None, "tokenizer"), 0, {})
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path):
+    """Fails if values add up, one that isn't there counts, or none is forgotten."""
+    log, bar = new_log(tmp_path), SimpleNamespace(total=9, set_postfix=lambda *_, **__: 0)
+    for value in (1.0, math.nan, 4.0):
+        log.add({"mse": torch.tensor(value)})
+    log.write(3, bar)
+    log.add({"mse": torch.tensor(7.0)})
+    log.write(4, bar)
+    assert [line["mse"] for line in metrics_of(tmp_path, "tokenizer")] == [2.5, 7.0]
+
+
 def test_unhealthy_metrics_are_warned_about(tmp_path):
     """Fails if a warning is missing, comes twice, comes for a healthy value, or names what
     the README doesn't explain."""
     written, bar = [], types.SimpleNamespace(write=lambda text, file: written.append(text))
-    args = SimpleNamespace(seed=0, dtype="fp32")
-    job = train.Job(args, tmp_path, None, None, None, torch.device("cpu"), None)
-    log = train.Log(job, 0, {})
+    log = new_log(tmp_path)
     good = {"latent_rank": 6.0, "tanh_saturated": 0.02, "grad_norm": 2.0, "entropy": 1.3,
             "kl_prior": 0.1, "value_explained": 0.8, "positive_share": 0.5}
     bad = dict(zip(good, (1.1, 0.9, 1e4, 0.0, 5.0, -2.0, 1.0), strict=True))
@@ -2334,6 +2398,32 @@ def test_an_overflow_in_fp16_skips_every_optimizer(tmp_path, monkeypatch, factor
     train_here(tmp_path, *NEW, "--dtype", "fp16", "--train.tokenizer_steps", 1)
     now, then = began[:len(began) // 2], began[len(began) // 2:]
     assert all(torch.equal(a, b) != moves for a, b in zip(now, then, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_step_is_no_longer_than_the_clip(tmp_path, monkeypatch, dtype):
+    """Fails if gradients aren't clipped, or in fp16 at the scaler's scale."""
+    weights = []
+
+    def sgd(modules, *_):
+        weights.extend((p, p.detach().clone()) for p in modules[0].parameters())
+        return [torch.optim.SGD(modules[0].parameters(), lr=1.0)]
+
+    monkeypatch.setattr(train, "make_optimizers", sgd)
+    monkeypatch.setattr(train, "CLIP", 0.01)
+    train_here(tmp_path, *NEW, "--dtype", dtype, "--train.tokenizer_steps", 1)
+    moved = math.sqrt(sum((now - then).square().sum().item() for now, then in weights))
+    assert abs(moved - 0.01) < 1e-4
+
+
+def test_the_value_learns_three_times_as_fast(copy):
+    """Fails if its rate is the policy's: Adam's first step is as long as the rate."""
+    folder, run = copy
+    train_here(folder, *of("imagine", *AGAIN, "--train.imagine_steps", 1))
+    then, now = (torch.load(run / f"{stage}.pt")["agent"] for stage in ("agent", "imagine"))
+    for head, rate in (("policy", 1e-3), ("value", 3e-3)):
+        steps = [(now[x] - then[x]).abs().max() for x in now if x.startswith(f"{head}.")]
+        assert abs(max(steps) / rate - 1) < 0.05, head
 
 
 def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
