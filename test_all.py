@@ -1921,7 +1921,11 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
     """Fails if an agent without prompts is told its task, or its heads are asked about
     none; if an imagined rollout has its event behind it, another task than the prompt
     order's, or another length."""
-    told, asked, kinds, prompts = [], [], [], []
+    told, asked, kinds, prompts, rates = [], [], [], [], []
+
+    def optimizers(modules, *lr, real=train.make_optimizers):
+        rates.append(lr)
+        return real(modules, *lr)
 
     def dynamics(model, batch, *rest, real=train.dynamics_losses):
         told.append(batch.task)
@@ -1949,7 +1953,8 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
         return real(self, *rest)
 
     stubs = {"dynamics_losses": dynamics, "agent_losses": heads, "imagine_rollout": rollout,
-             "imagination_losses": losses, "imitation_check": lambda *_: {}}
+             "imagination_losses": losses, "imitation_check": lambda *_: {},
+             "make_optimizers": optimizers}
     for name, stub in stubs.items():
         monkeypatch.setattr(train, name, stub)
     train_here(copy[0], *of("agent", "--resume", "no", "--agent.prompts", "false"))
@@ -1959,6 +1964,7 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
     assert len(told) == len(asked) == 16 and all((task == 2).all() for task in told)
     assert all((task < 2).all() for task in asked)      # 2: no task
     assert set(kinds) == {(4, 1.0, (4, 6))} and all(prompts)    # context 4, horizon 3
+    assert rates == [(3e-3, 1.5e-3)]                    # half: the dynamics are finetuned
 
 
 # -------------------------------------------------------------------------- stages, resume
@@ -2228,7 +2234,8 @@ def test_the_same_seed_gives_the_same_metrics(copy):
 
 def new_log(folder):
     args, cpu = SimpleNamespace(seed=0, dtype="fp32"), torch.device("cpu")
-    return train.Log(train.Job(args, folder, None, None, None, cpu, None, "tokenizer"), 0, {})
+    job = train.Job(args, folder, None, None, None, cpu, None, "tokenizer")
+    return train.Log(job, 0, {})
 
 
 def test_a_line_of_the_log_is_the_mean_since_the_last(tmp_path):
@@ -2416,6 +2423,24 @@ def test_a_step_is_no_longer_than_the_clip(tmp_path, monkeypatch, dtype):
     assert abs(moved - 0.01) < 1e-4
 
 
+def test_the_mask_that_was_drawn_hides_the_patches(tmp_path, monkeypatch):
+    """Fails if the tokenizer is trained without it, or with another."""
+    drawn, used = [], []
+
+    def mask(*rest, real=train.mae_mask):
+        drawn.append(real(*rest))
+        return drawn[-1]
+
+    def forward(self, x, hidden=None, real=Tokenizer.forward):
+        used.append(hidden)
+        return real(self, x, hidden)
+
+    monkeypatch.setattr(train, "mae_mask", mask)
+    monkeypatch.setattr(Tokenizer, "forward", forward)
+    train_here(tmp_path, *NEW, "--train.tokenizer_steps", 1)
+    assert torch.equal(drawn[0], used[0]) and drawn[0].any()
+
+
 def test_the_value_learns_three_times_as_fast(copy):
     """Fails if its rate is the policy's: Adam's first step is as long as the rate."""
     folder, run = copy
@@ -2541,7 +2566,7 @@ def test_latents_beside_a_run_are_those_of_the_recordings(copy, keys, monkeypatc
     (run / "latents.npy").unlink()
     train_here(folder, *of("dynamics", "--dtype", "fp32"))
     latents, tokenizer = np.load(run / "latents.npy"), load_run(run, "tokenizer").tokenizer
-    assert len(latents) == keys.frames_total
+    assert len(latents) == keys.frames_total and 0.8 < latents.astype(float).std() < 1.25
     for i, first in enumerate(keys.offsets[:-1]):
         here = latents[first:first + keys.lengths[i]]
         frames = torch.from_numpy(np.array(keys.episode(i)["frames"]))[None]
