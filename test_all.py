@@ -3184,6 +3184,43 @@ def test_evaluation_plays_the_sampled_policy():
     assert play.count_achievements(run.spec, first).tolist() == [2] * 4
 
 
+def test_agents_are_sampled_at_their_temperature(monkeypatch):
+    """Fails if agents are greedy, or a temperature gets lost on the way to them."""
+    run, taken = key_run(), []
+    for parameter in run.agent.policy.parameters():
+        parameter.data.zero_()
+    run.agent.policy.out.bias.data = torch.tensor([0, 0.5, 0, 0, 0, 0.5, 0, 0, 0.5]).repeat(
+        run.agent.policy.shape[0])
+
+    def step(self, actions, real=data.VecEnv.step):
+        taken.append(actions.copy())
+        return real(self, actions)
+
+    monkeypatch.setattr(data.VecEnv, "step", step)
+    with data.VecEnv(KEY_ENV, (1, 2), workers=1) as worlds:
+        for temperature, kinds in ((1.0, 5), (0.01, 1)):
+            taken.clear()
+            play.play_episodes(worlds, 40, run, "fp32", temperature=temperature)
+            assert len(set(np.concatenate(taken)[:, 0])) == kinds
+
+
+def test_prompts_move_on_by_what_happens_in_the_game(monkeypatch):
+    """Fails if agents are told the task of before, or not that it changed: "four" is asked
+    for twice, then "both_keys"."""
+    run, told = key_run(), []
+    always_both_keys_and_4(run.agent)
+
+    def observe(self, frames, actions, labelled, task, changed=(), real=play.Actor.observe):
+        told.append((task.tolist(), np.array(changed).tolist()))
+        return real(self, frames, actions, labelled, task, changed)
+
+    monkeypatch.setattr(play.Actor, "observe", observe)
+    with data.VecEnv(KEY_ENV, (1, 2), workers=1) as worlds:
+        play.play_episodes(worlds, 3, run, "fp32")
+    same, moved = [False, False], [True, True]
+    assert told == [([0, 0], []), ([0, 0], same), ([1, 1], moved), ([1, 1], same)]
+
+
 def test_the_dead_are_left_out_and_the_others_play_on(silence, monkeypatch):
     """Fails if, once some worlds have ended, the others' frames, prompts, caches or actions
     get mixed up: each must play as it does alone (no noise, a policy without chance)."""
@@ -3229,6 +3266,8 @@ def test_a_run_is_judged_in_any_world(env, monkeypatch, tmp_path):
     with monkeypatch.context() as once:
         once.delattr(play, "play_episodes")
         play.evaluate(tmp_path, torch.device("cpu"), "fp32", 2, 5)
+    kept = [path.name for path in (tmp_path / "episodes").iterdir()]
+    assert all("_50000_2x5" in name for name in kept)           # on which nothing is chosen
     rows = play.read_results(tmp_path)
     agents = {row.of.get("agent") for row in rows} - {None}
     assert agents == {"random", "BC", *(["player"] if env is BareEnv else [])}
