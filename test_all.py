@@ -3221,6 +3221,13 @@ def test_prompts_move_on_by_what_happens_in_the_game(monkeypatch):
     assert told == [([0, 0], []), ([0, 0], same), ([1, 1], moved), ([1, 1], same)]
 
 
+def test_the_recorded_player_plays_in_the_same_worlds():
+    """Fails if it gets other worlds, or fewer steps than an agent."""
+    with data.VecEnv(KEY_ENV, range(2, 6), workers=1) as worlds:
+        first = play.play_recorded(worlds, 12)
+    assert first[:, 2].tolist() == [INF, 12, INF, INF]              # world 3 ends then
+
+
 def test_the_dead_are_left_out_and_the_others_play_on(silence, monkeypatch):
     """Fails if, once some worlds have ended, the others' frames, prompts, caches or actions
     get mixed up: each must play as it does alone (no noise, a policy without chance)."""

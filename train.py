@@ -489,7 +489,7 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         shown = {name: f"{means[name]:.3g}" for name in LOSSES[self.stage] if name in means}
         bar.set_postfix(shown, refresh=False)
-        if step >= bar.total // 4:              # before, extremes are natural
+        if step >= max(bar.total // 4, 100):    # before, extremes are natural
             self.warn(means, bar)
 
     def warn(self, means, bar):
