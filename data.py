@@ -9,6 +9,7 @@ Time: row t holds the action that LED TO frame t, and what was received on reach
 import argparse
 import copy
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib
@@ -550,6 +551,8 @@ def open_episode(path, spec):
                 raise ValueError(f"{name} {got.shape} {got.dtype}, not {shape}")
         return rows
     except (OSError, ValueError, TypeError, EOFError) as error:
+        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"{error}: {path}", "at least 64", "'ulimit -n 64'") from None
         raise UserError(f"no whole episode in {path} ({error})", "all of its rows", "delete"
                         " that file if it is there, record or import it again") from None
 
@@ -647,7 +650,7 @@ class Dataset:
             if n != length:
                 raise UserError(f"{n} frames in {episode_path(self.path, i)}", length,
                                 "restore the file or record again")
-        self.rows = functools.lru_cache(128)(self.rows)       # bounds the open files
+        self.rows = functools.lru_cache(32)(self.rows)        # bounds the open files
         self.windows_with_event = functools.cache(self.windows_with_event)
 
     def rows(self, i):

@@ -543,6 +543,18 @@ def test_an_edited_world_is_noticed(tmp_path, monkeypatch, capsys):
         data.check_world(name, dataset)
 
 
+def test_many_episodes_need_few_open_files(tmp_path):
+    """Fails if more are open at once than 64, or too few are called a damaged episode."""
+    out = data.record(ENV, tmp_path / "many", 80, 2, 0, workers=1).path
+    code = f"import resource, data; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d));" \
+        f" data.run_cli(lambda: data.describe(data.Dataset({str(out)!r})))"
+    for limit, right in ((64, True), (12, False)):
+        run = subprocess.run([sys.executable, "-c", code % (limit, limit)], cwd=REPO,
+                             text=True, capture_output=True)
+        assert (run.returncode == 0) == right, run.stderr
+    assert "do: 'ulimit -n 64'" in run.stderr and "delete" not in run.stderr
+
+
 def test_commands_record_and_describe(tmp_path):
     """Fails if a user's mistake ends in a traceback or in success, or a command breaks."""
     new = "--env", ENV, "--out", tmp_path / "x"
@@ -3256,6 +3268,21 @@ def test_the_dead_are_left_out_and_the_others_play_on(silence, monkeypatch):
     assert len({actions[:12, i].tobytes() for i in range(6)}) > 3   # control: they differ
     alone, chosen = play_in(seeds[5])
     assert (alone[0] == first[5]).all() and (chosen[:, 0] == actions[:, 5]).all()
+
+
+def test_the_latest_world_model_is_judged_as_was_asked_for(dataset, monkeypatch, tmp_path):
+    """Fails if an earlier stage is judged, or the command's sampling steps get lost."""
+    run, asked = key_run(), []
+    stubs = {"data_config": lambda folder: {"env": KEY_ENV},
+             "picture_imagined": lambda *rest, dtype: None,
+             "reference_of": lambda folder: dataset,
+             "evaluate_world": lambda *rest, sampler: asked.append(sampler) or [],
+             "load_run": lambda folder, stage, *rest: asked.append(stage) or run}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(play, name, stub)
+    sampler = play.Sampler(2, "min")
+    play.evaluate(tmp_path, torch.device("cpu"), "fp32", 0, 5, sampler=sampler)
+    assert asked == [None, sampler]
 
 
 @pytest.mark.parametrize("env", [KeyEnv, BareEnv])
