@@ -3039,7 +3039,7 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
     """Fails if shuffled actions are of the same episode or change the context, or frames
     are compared with the truth of others. A stub model paints the actions that it is given,
     a stub tokenizer flips each pixel's last bit but red's, which shows the action."""
-    asked = []
+    asked, how = [], []
 
     class Stub:
         latent_std, encode = torch.ones(1), lambda self, x: x
@@ -3047,6 +3047,7 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
 
     def dream_clips(run, batch, horizon, seed=0, forced=False, sampler=()):
         asked.append(batch.actions)
+        how.append(forced)
         film = batch.z.clone()
         film[:, -horizon:, :, :, 0] = batch.actions[:, -horizon:, None, None, 0].byte()
         return film
@@ -3056,7 +3057,7 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
     rows = play.evaluate_world(run, dataset, "fp32", horizon=8)
     clips = play.reference_clips(dataset, play.CLIPS, 24, "cpu")
     frames, actions = clips.frames.numpy(), clips.actions.numpy()
-    assert torch.equal(asked[0], clips.actions) and len(asked) == 3
+    assert torch.equal(asked[0], clips.actions) and how == [False, False, True]
     assert torch.equal(asked[1][:, :16], asked[0][:, :16])
     for i, x in enumerate(asked[1]):
         same = [torch.equal(x[16:], y[16:]) for y in asked[0]]
@@ -3069,6 +3070,8 @@ def test_world_is_judged_frame_by_frame(dataset, monkeypatch):
         changed = actions[:, t, 0] != actions[:, 15, 0]
         found = play.find(rows, "changed", {"film": "dream", "horizon": h})
         assert (found.value, found.n) == (1.0, changed.sum())
+    changes = actions[:, 16:, 0] != actions[:, 15:-1, 0]        # not those of the context
+    assert play.find(rows, "changed", {"film": "next"}).n == changes.sum()
     bits = -10 * math.log10(2 / 3 / 255 ** 2)
     assert abs(play.find(rows, "tokenizer_psnr").value - bits) < 1e-3
     read = play.find(rows, "actions", {"film": "reconstruction"})
