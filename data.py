@@ -43,7 +43,7 @@ VERSION = 2                                         # of what is on disk
 TYPES = {"frames": "u1", "actions": "f4", "labelled": "?", "events": "u1",
          "continues": "u1"}                         # probes: u1
 ENVS = Path(__file__).parent / "envs"
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")          # microseconds of each so many
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")          # quota and period, microseconds
 PROCESSES = multiprocessing.get_context("spawn")    # fork hurts torch
 
 
@@ -197,6 +197,12 @@ class EnvSpec:
             if task not in self.tasks:
                 raise UserError(f"a prompt or achievement {task!r} of {self.name}",
                                 f"one of its tasks {self.tasks}", "correct its EnvSpec")
+
+    def recorded(self):
+        """What recordings of a world depend on: all but `idle`."""
+        values = self.to_json()
+        del values["idle"]
+        return values
 
     def to_json(self):
         return json.loads(json.dumps(asdict(self)))           # lists for tuples
@@ -434,12 +440,11 @@ class Worlds:
     """The environments of one worker: None resets them, actions (n, A) step them."""
 
     def __init__(self, name, seeds):
-        self.name, self.seeds, self.envs = name, seeds, []
+        self.name, self.seeds, self.envs, self.fresh = name, seeds, [], []
 
     def reset(self):
         """A reset may take a second: where worlds can be copied each is reset once."""
-        if not self.envs:
-            self.envs = [make_env(self.name) for _ in self.seeds]
+        if not self.fresh:
             self.first = np.stack([env.reset(seed) for env, seed in
                                    zip(self.envs, self.seeds, strict=True)])
             self.fresh = [copy_env(env) for env in self.envs]
@@ -452,11 +457,13 @@ class Worlds:
         self.frames, self.terminal = self.first.copy(), np.zeros(len(self.envs), bool)
 
     def __call__(self, actions):
+        self.envs = self.envs or [make_env(self.name) for _ in self.seeds]
+        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
         if actions is None:
             self.reset()
-        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
-        for i in np.flatnonzero(~self.terminal) if actions is not None else ():
-            self.frames[i], events[i], self.terminal[i] = self.envs[i].step(actions[i])
+        else:
+            for i in np.flatnonzero(~self.terminal):
+                self.frames[i], events[i], self.terminal[i] = self.envs[i].step(actions[i])
         return self.frames, events, self.terminal
 
 
@@ -761,9 +768,9 @@ def check_world(name, dataset):
     """UserError where the environment `name` isn't the one that was recorded: it has
     another spec or, under the recorded actions, other first frames."""
     env, settings, rows = make_env(name), dataset.settings, dataset.rows(0)[:4]
-    now, then = env.spec.to_json(), dataset.spec.to_json()
+    now, then = env.spec.recorded(), dataset.spec.recorded()
     do = "name the --data.env that was recorded, or delete them to record them again"
-    for key in (key for key in now if now[key] != then[key] and key != "idle"):
+    for key in (key for key in now if now[key] != then[key]):
         raise UserError(f"{key} {now[key]} of {name}", f"{then[key]}, as in the recordings "
                         f"in {dataset.path}", do)
     if settings.get("env") != name or "seed" not in settings:

@@ -528,8 +528,7 @@ def refuse_changes(job, path, then, now):
     anyway allows it for the recordings and the stages before."""
     for name, made in then.items():
         may_differ, hint = name in ("dataset", *STAGES), ""
-        allowed = name == "idle" or (may_differ and job.args.resume == "anyway")
-        if allowed or now.get(name, made) == made:      # idle is of the game alone
+        if now.get(name, made) == made or (may_differ and job.args.resume == "anyway"):
             continue
         if may_differ:
             hint = ", or go on with --resume anyway"
@@ -600,8 +599,8 @@ def open_stage(job, stage):
     was made of other play or of another stage before it, or a flag contradicts its
     settings."""
     run = load_run(job.folder, stage, job.device)
-    now = {**job.dataset.spec.to_json(), **provenance_of(job, stage)}
-    refuse_changes(job, run.path, {**run.spec.to_json(), **run.meta["provenance"]}, now)
+    now = {**job.dataset.spec.recorded(), **provenance_of(job, stage)}
+    refuse_changes(job, run.path, {**run.spec.recorded(), **run.meta["provenance"]}, now)
     for prefix in CONFIGS_OF[stage]:
         saved = run.meta["config"][prefix]
         if (prefix, stage) == ("agent", "agent"):           # the others are free again
