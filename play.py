@@ -45,7 +45,7 @@ from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, check_wor
                   read_json, record, run_cli, this_command, write_episode, write_json,
                   write_whole)
 from dynamics import Batch, Dream
-from tokenizer import Cache
+from tokenizer import Cache, compile_module
 
 # Reported on; choices are made on reference episodes of seeds from 10,000 and in VALIDATION
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 15_000, 20_000, 50_000, 40_000
@@ -1308,10 +1308,24 @@ def open_session(args):
     return Session(run, env, args.run, args.dtype)
 
 
+def compile_session(session):
+    """Frames of the game that it plays are compiled; whatever has another shape runs as it
+    is."""
+    run = session.run
+    for module in (run.tokenizer, run.dynamics):
+        compile_module(module, run.device, frozen=True)
+    for op in tqdm(("reset", "step", "step", "reset"), "compiling, a minute or two"):
+        session.handle({"op": op})
+    torch.compiler.set_stance("eager_on_recompile")
+
+
 def serve(args):
     if "OMP_NUM_THREADS" not in os.environ:     # the browser needs some cores, too
         torch.set_num_threads(max(1, count_workers(0) // 2))
-    with open_server(open_session(args), args.port) as server:
+    session = open_session(args)
+    if args.compile:
+        compile_session(session)
+    with open_server(session, args.port) as server:
         port = server.server_address[1]
         print(f"Play at http://127.0.0.1:{port} (Ctrl-C ends it; from another machine: "
               f"ssh -L {port}:127.0.0.1:{port} HOST)", flush=True)
@@ -1360,6 +1374,7 @@ def make_parser():
     add("--stage", choices=STAGES, help="default the latest; eval: its world model alone")
     add("--port", type=int, default=8000, help="serve: this one or the next free")
     add("--open", action="store_true", help="serve: open the browser")
+    add("--compile", action="store_true", help="serve: compile first, then faster frames")
     add("--actions", help="dream: words like 'right right do', from one start")
     add("--agents", default=",".join(AGENTS), help="eval: which agents")
     add("--episodes", type=positive, default=200, help="eval: episodes of each agent")

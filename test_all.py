@@ -51,9 +51,9 @@ from dynamics import (ActionEmbedding, Batch, Dream, Dynamics, DynamicsConfig, c
                       ramp_weight, sample_tau_d, shortcut_loss, shortcut_target,
                       show_as_context, x_prediction)
 from tokenizer import (PIXEL_MEAN, PIXEL_STD, Block, Cache, LossNormalizer, Tokenizer,
-                       TokenizerConfig, Transformer, latent_health, mae_mask, patchify,
-                       reader_mask, reconstruction_loss, rope_angles, scale_pixels,
-                       unpatchify)
+                       TokenizerConfig, Transformer, compile_module, latent_health, mae_mask,
+                       patchify, reader_mask, reconstruction_loss, rope_angles,
+                       scale_pixels, unpatchify)
 
 REPO = Path(data.__file__).parent
 
@@ -806,6 +806,26 @@ def test_cache_equals_full_forward(layers, dense, context, sizes):
         assert twin.layers[1][0].shape[-3] == min(context, 16 * math.ceil(t / 16))
         out = model(x[:, t:t + 1], mask, twin) if t < 44 else full[:, t:]
         assert torch.allclose(out, full[:, t:t + 1], atol=1e-5), t
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+@torch.no_grad()
+def test_compiled_passes_compute_what_eager_ones_do(frozen, capsys):
+    """Fails if the compiled pass of a frame sees a stale slot, ring or weight, or there is
+    none."""
+    model, mask, x = tiny_transformer(context=20), reader_mask(3, 1), normal(1, 22, 4, 16)
+
+    def passes():                                       # rings of 16 slots, then 20
+        return [model(x, mask), *stream(model, x, mask, 1, Cache(20))]
+
+    want = passes()
+    compile_module(model, torch.device("cpu"), frozen)
+    if "doesn't work" in capsys.readouterr().out:
+        pytest.skip("no C++ compiler")
+    assert (model.compiled is None) != frozen and (model.blocks[0].compiled is None) == frozen
+    for got, expected in zip(passes(), want, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
 
 
 @torch.no_grad()

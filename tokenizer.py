@@ -93,6 +93,14 @@ class Cache:
         time."""
         return min(self.context, -(-(self.t + T) // 16) * 16)
 
+    def make_room(self, T, device):
+        """Before T new frames: rings long enough, and the slot of a single one, a tensor:
+        compiled code would be compiled again for another number."""
+        self.slot = torch.full((1,), self.t % self.context, device=device)
+        for rings in self.layers.values():
+            if (missing := self.slots(T) - rings[0].shape[-3]) > 0:
+                rings[:] = [F.pad(ring, (0, 0, 0, 0, 0, missing)) for ring in rings]
+
     def key_frames(self, T, device):
         """Frame indices of the keys that `put` returns beside T new frames. One frame gets
         the whole ring as it lies; empty slots have an index to come, which nothing attends
@@ -107,20 +115,17 @@ class Cache:
     def put(self, layer, k, v):
         """k, v (..., T, n, E), n tokens a frame -> keys and values (..., M * n, E) to
         attend to: those of the frames before, and the new ones."""
-        T, C, t = k.shape[-3], self.context, self.t
-        before = torch.arange(max(self.start, t - C), t) % C    # slots of the frames before
-        rings = self.layers.get(layer) or [x[..., :0, :, :] for x in (k, v)]
-        missing = self.slots(T) - rings[0].shape[-3]
-        if missing > 0:
-            self.layers[layer] = [F.pad(ring, (0, 0, 0, 0, 0, missing)) for ring in rings]
-
-        to_attend = []
+        T, to_attend = k.shape[-3], []
+        if layer not in self.layers:
+            self.layers[layer] = [torch.zeros_like(x[..., :1, :, :]).repeat_interleave(
+                self.slots(T), -3) for x in (k, v)]
         for ring, x in zip(self.layers[layer], (k, v), strict=True):
             if T == 1:          # subtle: the whole ring, for a slice would be copied
-                ring[..., t % C, :, :] = x[..., 0, :, :]
+                ring[..., self.slot, :, :] = x
                 x = ring
             else:               # read what was there before its slots are overwritten
-                new = x[..., -C:, :, :]
+                C, t, new = self.context, self.t, x[..., -self.context:, :, :]
+                before = torch.arange(max(self.start, t - C), t) % C
                 x = torch.cat([ring[..., before, :, :], x], -3)
                 ring[..., torch.arange(t + max(T - C, 0), t + T) % C, :, :] = new
             to_attend.append(x.flatten(-3, -2))
@@ -220,9 +225,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Space layers, and one time layer in every `time_every` (Section 3.4).
 
-    cfg needs dim, heads, kv_heads, context. Time layers see the frame itself and context -
+    compiled: torch.compile of `run`, for single frames beside a cache. cfg needs dim, heads, kv_heads, context. Time layers see the frame itself and context -
     1 earlier ones: of their own token, or with `dense` of all tokens.
     """
+    compiled = None
 
     def __init__(self, cfg, layers, time_every, dense=False):
         super().__init__()
@@ -264,30 +270,47 @@ class Transformer(nn.Module):
         """x (B, T, S, D) -> (B, T, S, D). space_mask (S, S), True = may attend. single (B,)
         bool: rows whose frames are separate images. With a cache, x continues at frame
         cache.t. readers: how many of the last tokens read and are not read."""
-        angles, masks = self.positions_and_masks(space_mask, cache, single, x.shape[1],
-                                                 readers)
+        T = x.shape[1]
+        if cache is not None:
+            cache.make_room(T, x.device)
+        angles, masks = self.positions_and_masks(space_mask, cache, single, T, readers)
+        compiled = cache is not None and T == 1 and len(cache.layers) > 0
+        run = (self.compiled if compiled else None) or self.run
+        return run(x, angles, masks, cache)
+
+    def run(self, x, angles, masks, cache):
         for i, block in enumerate(self.blocks):
             if cache is None or block.kind == "space":      # nothing to remember
                 x = (block.compiled or block)(x, angles[block.kind], masks[block.kind])
-            else:               # the cache is no tensor: such blocks compile in parts
+            else:
                 x = block(x, angles[block.kind], masks[block.kind], cache, i)
+        return self.finish(x)
+
+    def finish(self, x):
         return self.norm(x)
 
 
-def compile_module(module, device):
-    """torch.compile of a module's blocks, faster on a CPU too once compiled. It needs a C++
-    compiler; without one the blocks run as they are, and a line says so."""
+def compile_module(module, device, frozen=False):
+    """torch.compile of a module's blocks, faster on a CPU too once compiled. Where its
+    weights won't change any more (frozen): of the whole pass of a single frame beside a
+    cache, which would else wait for Python, weights in the order that a CPU likes best. It
+    needs a C++ compiler; without one all runs as it is, and a line says so."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:          # whatever is missing, training goes on without
         print(f"torch.compile doesn't work here ({type(error).__name__}): it's slower.")
         return
     torch._dynamo.config.recompile_limit = 64
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compiled = torch.compile(block.forward, dynamic=False)
-            block.project = torch.compile(block.project, dynamic=False)     # beside a cache
-            block.finish = torch.compile(block.finish, dynamic=False)
+    for part in module.modules():
+        if isinstance(part, Transformer) and frozen:
+            options = {"freezing": device.type == "cpu"}
+            part.compiled = torch.compile(part.run, dynamic=False, options=options)
+        elif isinstance(part, Transformer):
+            part.finish = torch.compile(part.finish)
+        elif isinstance(part, Block) and not frozen:
+            part.compiled = torch.compile(part.forward, dynamic=False)
+            part.project = torch.compile(part.project, dynamic=False)       # beside a cache
+            part.finish = torch.compile(part.finish, dynamic=False)
 
 
 # ----------------------------------------------------------- losses that every stage shares
