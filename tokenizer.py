@@ -225,10 +225,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Space layers, and one time layer in every `time_every` (Section 3.4).
 
-    compiled: torch.compile of `run`, for single frames beside a cache. cfg needs dim, heads, kv_heads, context. Time layers see the frame itself and context -
+    cfg needs dim, heads, kv_heads, context. Time layers see the frame itself and context -
     1 earlier ones: of their own token, or with `dense` of all tokens.
     """
-    compiled = None
+    compiled = None         # torch.compile of run, for single frames beside a cache
 
     def __init__(self, cfg, layers, time_every, dense=False):
         super().__init__()
