@@ -5,7 +5,7 @@ weights: dynamics of 4 layers, 256 wide, 16 latent and 4 register tokens, K_max 
 on 16 rows of 16 frames (wide: 8 layers, 512 wide, 4 rows of 64); dreams of 1 or 64 rows on
 contexts of so many frames ("64 x 16"), with and without the cache.
 
-    python -m paper.bench                       5 minutes on two cores
+    python -m paper.bench                       10 minutes on two cores
     python -m paper.bench --run runs/crafter    and the speeds of a run with an agent
     python -m paper.bench --sizes paper         parameters, FLOPs, memory, by formula
 """
@@ -26,7 +26,7 @@ from data import ActionSpec, make_env, run_cli
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, ramp_weight,
                       sample_tau_d)
 from paper import results
-from play import Result
+from play import Result, new_figure
 from tokenizer import Cache, Tokenizer, TokenizerConfig, compile_module, reconstruction_loss
 
 SPEC = ActionSpec(classes=(17,))
@@ -37,9 +37,14 @@ ACTIVATION_BYTES = (66, 11)     # for backward, bf16: a channel; a head's pair o
 STATE_BYTES = 16                # of a parameter: itself, gradient, optimizer, bf16 copy
 
 
-def new_dynamics(device, dim=256, layers=4):
-    cfg = DynamicsConfig(tokens=16, channels=32, registers=4, dim=dim, layers=layers,
-                         heads=4, kv_heads=2, time_every=2, context=64, k_max=16, k=4)
+GROWTH = {"context": (16, 32, 64, 128, 256, 512), "parameters": (1, 2, 4, 8),
+          "rows": (1, 4, 16, 64, 256), "tokens": (9, 16, 64, 256)}
+WIDTH_LAYERS = {1: (256, 4), 2: (256, 8), 4: (512, 4), 8: (512, 8)}     # by parameters
+
+
+def new_dynamics(device, dim=256, layers=4, tokens=16, context=64):
+    cfg = DynamicsConfig(tokens=tokens, channels=32, registers=4, dim=dim, layers=layers,
+                         heads=4, kv_heads=2, time_every=2, context=context, k_max=16, k=4)
     return Dynamics(cfg, SPEC).to(device)
 
 
@@ -63,10 +68,11 @@ def seconds(step, repeats, device):
     return float(np.median(times[1:]))
 
 
-def compile_for_bench(module, device):
-    """As training does it; on CUDA that takes minutes, and the preset gpu does without."""
+def compile_for_bench(module, device, frozen=False):
+    """As training does it, or the game; on CUDA that takes minutes, and the preset gpu does
+    without."""
     if device.type != "cuda":
-        compile_module(module, device)
+        compile_module(module, device, frozen)
     return module
 
 
@@ -179,8 +185,9 @@ def bench_dreams(rows, device, dtype):
                        ("decode", partial(tokenizer.decode, z))):
         note(rows, name, 16 * 16 / seconds(step, 5, device), "frames/s")
 
-    net = freeze(new_dynamics(device), device, dtype)
+    net = compile_for_bench(freeze(new_dynamics(device), device, dtype), device, True)
     tokenizer = freeze(Tokenizer(TOKENIZERS["tokenizer"]), device, dtype)
+    tokenizer = compile_for_bench(tokenizer, device, True)
     shapes = ((1, 16, 60), (1, 64, 60), (1, 192, 60), (64, 16, 12))
     combinations = itertools.product(shapes, (None, tokenizer), (1, 4))
     for (B, context, repeats), view, k in combinations:
@@ -213,12 +220,69 @@ def bench_imagination(rows, device, dtype, run=None):
         note(rows, f"imagination of {run.path.parent}", rate, "frames/s", dream().k)
 
 
+def kept_bytes(loss_fn):
+    """Of the activations that a loss keeps for its backward pass."""
+    sizes = {}
+
+    def note_size(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note_size, lambda x: x):
+        loss_fn().backward()
+    return sum(sizes.values())
+
+
+def growth_of(device, dtype, context, parameters, rows, tokens):
+    """What a dreamed frame (of all rows) and a frame of training windows, as long as the
+    context, take at one size -> {what: number}. Not compiled: that takes longer."""
+    net = new_dynamics(device, *WIDTH_LAYERS[parameters], tokens, context)
+    batch, frames = empty_batch(net, rows, context), rows * context
+    tau, d = sample_tau_d(rows, context, net.cfg.k_max, 0)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def loss():
+        with autocast(device, dtype):
+            return dynamics_losses(net, batch, tau, d, tau, generator)[0]["dynamics"]
+
+    weights = sum(p.nbytes for p in net.parameters())
+    found = {"kept for backward, MB a frame": (kept_bytes(loss) - weights) / frames / 1e6}
+    trained = seconds(lambda: loss().backward(), 2, device)
+    found["training, ms a frame"] = 1e3 * trained / frames
+    with torch.no_grad(), autocast(device, dtype):
+        dream = Dream(freeze(net, device, dtype), cache=Cache(context))
+        found["dreamed frame, ms"] = 1e3 * rows / dream_rate(dream, rows, repeats=5)
+    rings = [ring.nbytes for layer in dream.cache.layers.values() for ring in layer]
+    return found | {"cache, MB": sum(rings) / 1e6}
+
+
+def bench_growth(rows, device, dtype):
+    """One size grows, the others stay: a context of 64, 3.2 million parameters times 1, 1
+    row, 16 latent tokens."""
+    base = {"context": 64, "parameters": 1, "rows": 1, "tokens": 16}
+    figure, axes = new_figure(1, len(GROWTH), (14, 3.4))
+    for (size, values), axis in zip(GROWTH.items(), axes.flat, strict=True):
+        lines = {}
+        for value in values:
+            for what, x in growth_of(device, dtype, **base | {size: value}).items():
+                of = {"size": f"{size} {value}", "what": what}
+                rows.append(Result("growth", x, None, None, 1, "", of))
+                lines.setdefault(what, []).append(x)
+                print(f"{size} {value}, {what}: {x:.3g}", flush=True)
+        for what, line in lines.items():
+            axis.loglog(values, line, "o-", label=what)
+        axis.set_xlabel(size)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(results.ROOT / "paper" / "growth.png", dpi=70)
+
+
 def bench(device, dtype="auto", run=None):
     rows = []
     bench_training(rows, device, dtype)
     with torch.no_grad(), autocast(device, dtype):
         bench_dreams(rows, device, dtype)
         bench_imagination(rows, device, dtype, run)
+    bench_growth(rows, device, dtype)
     note(rows, "peak memory", peak_memory(device) / 2 ** 30, "GiB")
     return rows
 
@@ -293,8 +357,8 @@ def main():
     run = load_run(args.run, args.stage, device, args.dtype) if args.run else None
     rows = bench(device, args.dtype, run)
     results.save("bench", rows)
-    results.chart([row for row in rows if row.of["K"] != "any" and row.unit == "frames/s"],
-                  "K", "what", "frames/s", "bench.png")
+    results.chart([row for row in rows if row.of.get("K", "any") != "any"
+                   and row.unit == "frames/s"], "K", "what", "frames/s", "bench.png")
 
 
 if __name__ == "__main__":

@@ -269,6 +269,7 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
     "rollouts": partial(pivot, "rollouts", "psnr", "film", "horizon"),
     "bench": partial(pivot, "bench", "bench", "what", "K"),
+    "growth": partial(pivot, "bench", "growth", "size", "what"),
     "sizes": partial(pivot, "sizes", "size", "model", "size")}
 
 

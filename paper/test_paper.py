@@ -303,7 +303,7 @@ def test_distances_of_videos_are_of_equal_samples(keys, monkeypatch):
     assert abs(ratio.value - distances[2] / distances[3]) < 1e-9
 
 
-def test_bench_runs(monkeypatch):
+def test_bench_runs(monkeypatch, tmp_path):
     """Fails if shapes of the benchmark don't fit together; each step is made once, of small
     nets. Speeds are printed, never judged."""
     def once(step, repeats, device):
@@ -314,9 +314,11 @@ def test_bench_runs(monkeypatch):
     real = bench.new_dynamics
     for name, stub in {
             "compile_module": lambda *_: None, "TOKENIZERS": small, "seconds": once,
-            "matmul_peak": lambda *_: 1e9,
+            "matmul_peak": lambda *_: 1e9, "GROWTH": {"context": (4, 6), "tokens": (2,)},
             "new_dynamics": lambda device, *_: real(device, 16, 2)}.items():
         monkeypatch.setattr(bench, name, stub)
+    monkeypatch.setattr(bench.results, "ROOT", tmp_path)
+    (tmp_path / "paper").mkdir()
     rows = bench.bench(CPU, "fp32", key_run())
     assert len({str(row.of) for row in rows}) == len(rows) > 30
     assert all(row.value > 0 for row in rows)
