@@ -211,6 +211,12 @@ class Agent(nn.Module):
 
 # ---------------------------------------------------------------------------- equation 9
 
+def mean_over(x, members):
+    """Mean of x over the members, bool, of a set; 0 where it is empty. (To index with them
+    would make the host wait for a GPU.)"""
+    return (x * members).sum() / members.sum().clamp_min(1)
+
+
 def targets_ahead(x, first, L):
     """Eq. 9: x (B, T, ...) -> x[:, t + first + n], n = 0 .. L, as (B, T, L + 1, ...), and
     valid (B, T, L + 1), False where that lies past the end of the window."""
@@ -228,9 +234,8 @@ def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
     the valid entries. (The paper prints a[t + n]; as our h_t has seen a_t, that would be
     copying.) Returns the two terms.
     """
-    def mean(x, valid):
-        return -(x * valid).sum() / valid.sum().clamp_min(1)
-    return mean(policy_log_prob, policy_valid), mean(reward_log_prob, reward_valid)
+    return (mean_over(-policy_log_prob, policy_valid),
+            mean_over(-reward_log_prob, reward_valid))
 
 
 def agent_losses(agent, h, batch, cloned):
@@ -283,23 +288,23 @@ def lambda_returns(rewards, continues, values, gamma, lam):
     return torch.stack(returns[::-1], 1)
 
 
-def value_loss(logits, returns, bins):
-    """Eq. 10 (Section 3.3), right: - ln p(R | s), mean. logits (..., n), returns (...)."""
-    return -two_hot_log_prob(logits, returns.detach(), bins).mean()
+def value_loss(logits, returns, counted, bins):
+    """Eq. 10 (Section 3.3), right: - ln p(R | s), mean over counted. logits (..., n),
+    returns and counted (...)."""
+    return mean_over(-two_hot_log_prob(logits, returns.detach(), bins), counted)
 
 
-def pmpo_loss(log_prob, advantages, kl, alpha, beta):
-    """Eq. 11 (Section 3.3), PMPO: log_prob, advantages, kl all (N,).
+def pmpo_loss(log_prob, advantages, kl, counted, alpha, beta):
+    """Eq. 11 (Section 3.3), PMPO: log_prob, advantages, kl, counted all (B, T).
 
     (1 - alpha) / |D-| sum_{D-} ln pi - alpha / |D+| sum_{D+} ln pi
     + beta / N sum KL[pi || prior]
-    with D+ = {A >= 0}, D- = {A < 0} over batch and time: only the sign of A counts. An
-    empty set adds nothing.
+    with D+ = {A >= 0}, D- = {A < 0} over batch and time, N of them counted: only the sign
+    of A counts. An empty set adds nothing.
     """
-    def mean(members):
-        return (log_prob * members).sum() / members.sum().clamp_min(1)
     good = advantages >= 0
-    return (1 - alpha) * mean(~good) - alpha * mean(good) + beta * kl.mean()
+    return ((1 - alpha) * mean_over(log_prob, ~good & counted)
+            - alpha * mean_over(log_prob, good & counted) + beta * mean_over(kl, counted))
 
 
 class Rollout(NamedTuple):
@@ -345,22 +350,26 @@ def imagination_losses(agent, h, actions, task):
         alive = F.pad(continues[:, 1:-1].cumprod(1), (1, 0), value=1.0)     # (B, T)
         counted = alive > 0.5
         returns = lambda_returns(rewards, continues, values, cfg.gamma, LAMBDA)[:, :-1]
-        advantages = (returns - values[:, :-1])[counted]
-        returns = returns[counted]
+        advantages = returns - values[:, :-1]
         prior = agent.prior(h[:, :-1], 1)[:, :, 0]
 
     logits = agent.policy(h[:, :-1], 1)[:, :, 0]
-    log_prob = action_log_prob(agent.spec, logits, actions)[counted]
-    kl = action_kl(agent.spec, logits, prior)[counted]
-    value_logits = agent.value(h[:, :-1])[counted][:, 0]
-    losses = {"policy": pmpo_loss(log_prob, advantages, kl, PMPO_ALPHA, cfg.pmpo_beta),
-              "value": value_loss(value_logits, returns, agent.bins)}
+    log_prob = action_log_prob(agent.spec, logits, actions)
+    kl = action_kl(agent.spec, logits, prior)
+    value_logits = agent.value(h[:, :-1])[..., 0, :]
+    policy = pmpo_loss(log_prob, advantages, kl, counted, PMPO_ALPHA, cfg.pmpo_beta)
+    losses = {"policy": policy,
+              "value": value_loss(value_logits, returns, counted, agent.bins)}
+
+    def variance(x):
+        return mean_over((x - mean_over(x, counted)).square(), counted)
+
+    unexplained = variance(advantages) / variance(returns).clamp_min(1e-8)
     return losses, {"imagined_reward": (alive * rewards[:, 1:]).sum(1).mean(),
-                    "kl_prior": kl.mean().detach(),
-                    "entropy": -log_prob.mean().detach(),
-                    "value_mean": values.mean(),
-                    "value_explained": 1 - advantages.var() / returns.var().clamp_min(1e-8),
-                    "positive_share": (advantages >= 0).float().mean()}
+                    "kl_prior": mean_over(kl, counted).detach(),
+                    "entropy": -mean_over(log_prob, counted).detach(),
+                    "value_mean": values.mean(), "value_explained": 1 - unexplained,
+                    "positive_share": mean_over((advantages >= 0).float(), counted)}
 
 
 # -------------------------------------------------------- devices, saved and loaded runs

@@ -1412,21 +1412,27 @@ def test_eq10_lambda_returns():
     want = [naive_returns(*(x[b].tolist() for x in (r, c, v)), 0.9, 0.7) for b in range(4)]
     assert np.allclose(lambda_returns(r, c, v, 0.9, 0.7), want, atol=1e-9)
     target, bins = torch.ones(1, requires_grad=True), symexp_bins(9)
-    assert not value_loss(normal(1, 9), target, bins).requires_grad
+    logits, counted = normal(2, 9), torch.tensor([True, False])
+    loss = value_loss(logits, target.repeat(2), counted, bins)
+    assert not loss.requires_grad and loss == -two_hot_log_prob(logits, target, bins)[0]
 
 
 def test_eq11_gradient_signs_and_weights():
-    """Fails if a sign is flipped, the size of A leaks, D+ and D- share a mean, or 0/0."""
+    """Fails if a sign is flipped, the size of A leaks, D+ and D- share a mean, 0/0, or one
+    that isn't counted counts."""
     for advantages, alpha, want in (
             ([3.0, 0.1, 0.0, -2.0, -0.5], 0.5, [-1 / 6] * 3 + [1 / 4] * 2),
             ([300.0, 10.0, 0.0, -200.0, -50.0], 0.5, [-1 / 6] * 3 + [1 / 4] * 2),
             ([1.0, -1.0], 0.8, [-0.8, 0.2]), ([1.0, 2.0], 0.5, [-0.25] * 2),
             ([-1.0, -2.0], 0.5, [0.25] * 2)):
-        log_p, kl = (torch.zeros(len(want), requires_grad=True) for _ in range(2))
-        loss = pmpo_loss(log_p, torch.tensor(advantages), kl + 2, alpha, 0.3)
+        n = len(want)
+        log_p, kl = (torch.zeros(n + 2, requires_grad=True) for _ in range(2))
+        advantages = torch.tensor([*advantages, 5.0, -5.0])
+        loss = pmpo_loss(log_p, advantages, kl + 2, torch.arange(n + 2) < n, alpha, 0.3)
         loss.backward()
-        assert torch.allclose(log_p.grad, torch.tensor(want)) and abs(loss - 0.6) < 1e-6
-        assert torch.allclose(kl.grad, torch.full_like(kl, 0.3 / len(want)))
+        want, share = torch.tensor([*want, 0, 0]), torch.tensor([0.3 / n] * n + [0, 0])
+        assert torch.allclose(log_p.grad, want) and abs(loss - 0.6) < 1e-6
+        assert torch.allclose(kl.grad, share)
 
 
 @pytest.mark.parametrize("end_on_event", [True, False])

@@ -125,9 +125,10 @@ class Cache:
                 x = ring
             else:               # read what was there before its slots are overwritten
                 C, t, new = self.context, self.t, x[..., -self.context:, :, :]
-                before = torch.arange(max(self.start, t - C), t) % C
+                before = torch.arange(max(self.start, t - C), t, device=k.device) % C
                 x = torch.cat([ring[..., before, :, :], x], -3)
-                ring[..., torch.arange(t + max(T - C, 0), t + T) % C, :, :] = new
+                after = torch.arange(t + max(T - C, 0), t + T, device=k.device) % C
+                ring[..., after, :, :] = new
             to_attend.append(x.flatten(-3, -2))
         return to_attend
 
