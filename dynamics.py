@@ -30,7 +30,7 @@ TAU_CTX = 0.9       # signal level of committed frames; the paper's 0.1, read as
 class DynamicsConfig:
     """Sizes and settings of the dynamics; the paper's values in brackets."""
     tokens: int = 9             # latents of a frame, from the tokenizer (256)
-    channels: int = 64          # of each, from the tokenizer (32)
+    channels: int = 72          # of each, from the tokenizer (32)
     tasks: int = 22             # from the dataset (20)
     dim: int = 256
     layers: int = 4

@@ -677,7 +677,7 @@ def randomize(module, seed=0, std=0.3):
 
 def tiny_tokenizer(**changes):
     """Six patches of 4 x 4 pixels; two packed tokens of 6 channels."""
-    sizes = dict(height=8, width=12, patch=4, cell=2, dim=16, layers=3, heads=4, kv_heads=2,
+    sizes = dict(height=8, width=12, patch=4, dim=16, layers=3, heads=4, kv_heads=2,
                  latents=4, channels=3, pack=2, context=3)
     return randomize(Tokenizer(TokenizerConfig(**sizes | changes)))
 
@@ -867,8 +867,8 @@ def test_loss_normalizer_is_a_running_rms():
 
 
 @torch.no_grad()
-def test_patches_cells_and_their_latents_are_read_and_drawn_where_they_are():
-    """Fails if H and W are swapped, padding stays, or a cell or a latent changes places."""
+def test_patches_and_their_latents_are_read_and_drawn_where_they_are():
+    """Fails if H and W are swapped, padding stays, or a latent changes places."""
     for H, W in ((8, 12), (10, 13)):
         x = normal(2, 3, H, W, 3)
         assert patchify(x, 4).shape == (2, 3, -(-H // 4) * -(-W // 4), 48)
@@ -880,30 +880,42 @@ def test_patches_cells_and_their_latents_are_read_and_drawn_where_they_are():
     picture = model.reconstruct(z.view(1, 1, 12, 3))[0, 0]
     for p, (row, column) in enumerate(np.ndindex(2, 3)):
         place = (slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
-        cells = [(slice(i, i + 2), slice(j, j + 2)) for i in (0, 2) for j in (0, 2)]
-        patch = x[0, 0][place]
-        codes = torch.cat([model.read_cell(patch[cell].reshape(-1)) for cell in cells])
-        token = model.patch_in(patch.reshape(-1)) + model.codes_in(codes) + position[p]
+        token = model.patch_in(x[0, 0][place].reshape(-1)) + position[p]
         latents = model.encoder.norm(token + model.latent_query[2 * p:2 * p + 2])
         assert torch.allclose(z[p], model.latent_out(latents).tanh(), atol=1e-5)
         token = model.decoder.norm(model.patch_query[p] + model.latent_in(z[p]).sum(0))
         drawn = model.patch_out(token).view(4, 4, 3)
-        for cell, code in zip(cells, model.codes_out(token).split(32), strict=True):
-            drawn[cell] += model.draw_cell(code).view(2, 2, 3)
         assert torch.allclose(picture[place], drawn, atol=1e-5)
 
 
-def test_without_a_number_of_latents_each_patch_has_one():
-    """Fails if another frame size leaves too few latents, or none of a patch's own."""
-    sizes = dict(patch=8, cell=4, dim=16, heads=4, layers=3)
-    for height, width, pack, shape in ((48, 48, 1, (36, 64)), (21, 16, 2, (3, 128))):
-        cfg = TokenizerConfig(height=height, width=width, pack=pack, **sizes)
-        tokenizer = Tokenizer(cfg)
+@torch.no_grad()
+def test_latents_of_neighbouring_patches_are_packed():
+    """Fails if packing mixes rows and columns, isn't undone, or a frame's edge is lost."""
+    sizes = dict(dim=16, heads=4, kv_heads=2, layers=3, channels=2)
+    for height, width, patch, pack, shape, large in (
+            (48, 48, 0, 9, (4, 18), 8), (21, 16, 8, 1, (6, 2), 8),
+            (64, 64, 0, 9, (9, 18), 8), (210, 160, 0, 9, (20, 18), 16)):
+        cfg = TokenizerConfig(height=height, width=width, patch=patch, pack=pack, **sizes)
+        tokenizer = randomize(Tokenizer(cfg))
         assert (tokenizer.own, tokenizer.latent_shape) == (1, shape)
-        z = tokenizer.encode(torch.zeros(1, 2, height, width, 3, dtype=torch.uint8))
-        assert z.shape == (1, 2, *shape)
-    with pytest.raises(UserError, match="Got 6 latents and tokenizer.pack 4"):
-        Tokenizer(replace(cfg, pack=4))
+        assert tokenizer.patch == large
+        frames = torch.randint(256, (1, 2, height, width, 3), generator=seeded()).byte()
+        z = tokenizer.encode(frames)
+        assert z.shape == (1, 2, *shape) and tokenizer.decode(z).shape == frames.shape
+        assert torch.equal(tokenizer.paste(tokenizer.cut(frames)), frames)
+
+        # a token holds the latents of a square of patches, row by row
+        bottleneck, side = tokenizer.bottleneck(scale_pixels(frames)), math.isqrt(pack)
+        grid = bottleneck.view(1, 2, tokenizer.rows, tokenizer.columns, 2)
+        wide = tokenizer.columns // side
+        for i in range(shape[0]):
+            y, x = side * (i // wide), side * (i % wide)
+            square = grid[:, :, y:y + side, x:x + side].flatten(2)
+            assert torch.equal(z[:, :, i], square), i
+        assert torch.equal(tokenizer.split(z), bottleneck)
+    for latents, pack in ((6, 4), (0, 2)):
+        with pytest.raises(UserError, match=f"Got tokenizer.latents {latents}, pack"):
+            TokenizerConfig(latents=latents, pack=pack)
 
 
 def test_masked_patches_are_not_seen_and_evaluation_never_masks():
@@ -1565,7 +1577,7 @@ EPISODES = f"datasets/{KEYS.replace(':', '_')}_6x36"
 PLAY = "--data.path", EPISODES
 NEW, ALL = ("--run", "new", "--stage", "tokenizer"), ("--run", "new", "--stage", "all")
 TINY = f"""--data.env {KEYS} --data.episodes 6 --data.length 36 --data.reference_episodes 2
---data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.cell 2
+--data.eval_episodes 2 --data.eval_length 8 --tokenizer.patch 4 --tokenizer.pack 1
 --tokenizer.dim 16 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.layers 3
 --dynamics.dim 16 --dynamics.layers 3 --dynamics.context 8 --agent.hidden 16
 --agent.horizon 3 --agent.context 4 --train.tokenizer_batch 2 --train.batch 6
@@ -2913,8 +2925,8 @@ def key_run(env=KeyEnv, stage="agent"):
     """A run with random weights, as load_run would give it; one time layer each. Stage
     "dynamics": without an agent."""
     spec, sizes = env().spec, dict(dim=16, layers=3, heads=4, kv_heads=2)
-    tokenizer = TokenizerConfig(height=8, width=12, patch=4, cell=2, latents=4, channels=3,
-                                pack=2, context=3, **sizes)
+    tokenizer = TokenizerConfig(height=8, width=12, patch=4, latents=4, channels=3, pack=2,
+                                context=3, **sizes)
     dynamics = DynamicsConfig(tokens=2, channels=6, tasks=len(spec.tasks), registers=1,
                               context=4, time_every=3, k_max=8, **sizes)
     agent = None

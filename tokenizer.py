@@ -10,6 +10,7 @@ Z latent channels, H W pixels. Departures from the paper: README, "Departures".
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from data import UserError, check_config
 PIXEL_MEAN, PIXEL_STD = 0.35, 0.25      # scale play to about zero mean and unit variance
 SOFT_CAP = 50.0                         # of attention logits
 TIME_EVERY = 4                          # the tokenizer's time layers: one in four
-CODE = 32                               # numbers that describe a cell
+MOST_PATCHES = 144                      # of a frame where no patch size is given
 
 
 # ------------------------------------------------------- Section 3.4: efficient transformer
@@ -354,26 +355,33 @@ class TokenizerConfig:
     """Sizes of the causal tokenizer; the paper's values in brackets."""
     height: int = 72            # of a frame, from the dataset (360)
     width: int = 72             # (640)
-    patch: int = 24             # side in pixels (16)
-    dim: int = 256
-    layers: int = 4             # of the encoder, and as many of the decoder
-    heads: int = 4
-    kv_heads: int = 2
+    patch: int = 0              # side in pixels (16); 0: 8, or more for a large frame
+    dim: int = 128
+    layers: int = 3             # of the encoder, and as many of the decoder
+    heads: int = 2
+    kv_heads: int = 1
     latents: int = 0            # bottleneck tokens of a frame (512); 0: one a patch
-    channels: int = 64          # of each (16)
-    pack: int = 1               # tokens merged into one for the dynamics (2)
-    cell: int = 8               # side of the cells that a shared MLP reads, draws; 0: none
+    channels: int = 8           # of each (16)
+    pack: int = 9               # tokens merged into one for the dynamics (2); with one a
+                                # patch those of a square of neighbours
     local: bool = True          # latents belong to a patch, where they divide evenly
     context: int = 6            # frames that a time layer sees
     mae_max: float = 0.5        # largest share of masked patches (0.9)
     lpips: float = 0.0          # weight of the perceptual loss, needs lpips (0.2)
 
     def __post_init__(self):
-        check_config("tokenizer", self, zero=("cell", "latents"), shares=("mae_max",))
+        check_config("tokenizer", self, zero=("patch", "latents"), shares=("mae_max",))
         check_transformer("tokenizer", self, TIME_EVERY)
-        if self.cell and self.patch % self.cell:
-            raise UserError(f"Got tokenizer.cell {self.cell}, need a divisor of "
-                            f"tokenizer.patch {self.patch}, or 0 for none.")
+        if self.latents % self.pack or not (self.latents or self.side ** 2 == self.pack):
+            raise UserError(f"Got tokenizer.latents {self.latents}, pack {self.pack}: need "
+                            "latents that are divisible by pack, or 0 (one a patch) and a "
+                            "square: 1, 4, 9.")
+
+    @property
+    def side(self):
+        """Patches along the side of a square whose latents are packed; learned latents have
+        no place: 1."""
+        return 1 if self.latents else math.isqrt(self.pack)
 
 
 def check_transformer(prefix, cfg, time_every, dense=False):
@@ -391,8 +399,13 @@ def check_transformer(prefix, cfg, time_every, dense=False):
                         f"{time_every // 2 + 1}.")
 
 
+def default_patch(height, width):
+    """A multiple of 8 pixels, such that a frame has at most MOST_PATCHES patches."""
+    return 8 * max(1, math.ceil(math.sqrt(height * width / MOST_PATCHES) / 8))
+
+
 def patchify(frames, patch):
-    """(B, T, H, W, 3) -> (B, T, rows * columns, patch * patch * 3), zero-padded at the
+    """(B, T, H, W, C) -> (B, T, rows * columns, patch * patch * C), zero-padded at the
     end."""
     B, T, H, W, C = frames.shape
     frames = F.pad(frames, (0, 0, 0, -W % patch, 0, -H % patch))
@@ -402,11 +415,11 @@ def patchify(frames, patch):
 
 
 def unpatchify(patches, patch, height, width):
-    """Inverse of patchify: (B, T, P, patch * patch * 3) -> (B, T, H, W, 3)."""
+    """Inverse of patchify: (B, T, P, patch * patch * C) -> (B, T, H, W, C)."""
     B, T, _, _ = patches.shape
     rows, columns = -(-height // patch), -(-width // patch)
-    x = patches.view(B, T, rows, columns, patch, patch, 3).transpose(3, 4)
-    return x.reshape(B, T, rows * patch, columns * patch, 3)[:, :, :height, :width]
+    x = patches.view(B, T, rows, columns, patch, patch, -1).transpose(3, 4)
+    return x.reshape(B, T, rows * patch, columns * patch, -1)[:, :, :height, :width]
 
 
 def mae_mask(B, T, P, p_max, generator, device):
@@ -437,11 +450,14 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.patches = -(-cfg.height // cfg.patch) * -(-cfg.width // cfg.patch)
+        self.patch = cfg.patch or default_patch(cfg.height, cfg.width)
+        # so many that squares of neighbours fit, which may reach beyond the frame
+        square = self.patch * cfg.side
+        self.rows, self.columns = (-(-x // square) * cfg.side
+                                   for x in (cfg.height, cfg.width))
+        self.padded = self.rows * self.patch, self.columns * self.patch
+        self.patches = self.rows * self.columns
         self.latents = cfg.latents or self.patches
-        if self.latents % cfg.pack:
-            raise UserError(f"Got {self.latents} latents and tokenizer.pack {cfg.pack}: "
-                            "latents must be divisible by pack.")
         # not in the paper: where latents divide evenly among the patches, a latent starts
         # from its patch's token and a patch query from its latents: there is no routing to
         # learn
@@ -452,7 +468,7 @@ class Tokenizer(nn.Module):
         def embedding(*shape):
             return nn.Parameter(torch.randn(*shape, cfg.dim) * 0.02)
 
-        size = cfg.patch ** 2 * 3
+        size = self.patch ** 2 * 3
         self.patch_in = nn.Linear(size, cfg.dim)
         self.patch_position, self.hidden_patch = embedding(self.patches), embedding()
         self.latent_query = embedding(self.latents)
@@ -462,16 +478,6 @@ class Tokenizer(nn.Module):
         self.latent_out = nn.Linear(cfg.dim, cfg.channels)
         self.latent_in = nn.Linear(cfg.channels, cfg.dim)
         self.patch_out = nn.Linear(cfg.dim, size)
-        # not in the paper: what a cell shows is learned once for all places
-        if cfg.cell:
-            size = cfg.cell ** 2 * 3
-            codes = CODE * (cfg.patch // cfg.cell) ** 2     # of all cells of a patch
-            self.read_cell = nn.Sequential(nn.Linear(size, 128), nn.SiLU(),
-                                           nn.Linear(128, CODE))
-            self.draw_cell = nn.Sequential(nn.Linear(CODE, 128), nn.SiLU(),
-                                           nn.Linear(128, size))
-            self.codes_in = nn.Linear(codes, cfg.dim)
-            self.codes_out = nn.Linear(cfg.dim, codes)
         self.register_buffer("latent_std", torch.ones(()))      # measured after training
         self.encoder_mask = functools.partial(reader_mask, self.patches, self.latents)
         self.decoder_mask = functools.partial(reader_mask, self.latents, self.patches)
@@ -484,34 +490,21 @@ class Tokenizer(nn.Module):
     def new_cache(self):
         return Cache(self.cfg.context)
 
-    def embed_patches(self, x):
-        """Scaled pixels (B, T, H, W, 3) -> tokens (B, T, P, D), without their position."""
-        cfg = self.cfg
-        patches = patchify(x, cfg.patch)
-        tokens = self.patch_in(patches)
-        if cfg.cell:
-            cells = patches.view(-1, self.patches, cfg.patch, cfg.patch, 3)
-            codes = self.read_cell(patchify(cells, cfg.cell))
-            tokens = tokens + self.codes_in(codes.flatten(2)).view(tokens.shape)
-        return tokens
+    def cut(self, x):
+        """Pixels (B, T, H, W, 3) -> patches (B, T, P, patch * patch * 3)."""
+        (H, W), (height, width) = x.shape[2:4], self.padded
+        return patchify(F.pad(x, (0, 0, 0, width - W, 0, height - H)), self.patch)
 
-    def draw_patches(self, tokens):
-        """Tokens (B, T, P, D) -> scaled pixels (B, T, H, W, 3), fp32."""
-        cfg = self.cfg
-        patches = self.patch_out(tokens).float()
-        if cfg.cell:
-            cells = (cfg.patch // cfg.cell) ** 2
-            codes = self.codes_out(tokens).view(-1, self.patches, cells, CODE)
-            pixels = self.draw_cell(codes).float()
-            pixels = unpatchify(pixels, cfg.cell, cfg.patch, cfg.patch)
-            patches = patches + pixels.reshape(patches.shape)
-        return unpatchify(patches, cfg.patch, cfg.height, cfg.width)
+    def paste(self, patches):
+        """Inverse of cut."""
+        x = unpatchify(patches, self.patch, *self.padded)
+        return x[:, :, :self.cfg.height, :self.cfg.width]
 
     def bottleneck(self, x, hidden=None, cache=None):
         """Scaled pixels -> (B, T, latents, channels) in (-1, 1). hidden (B, T, P):
         masked."""
         B, T = x.shape[:2]
-        tokens = self.embed_patches(x)
+        tokens = self.patch_in(self.cut(x))
         if hidden is not None:
             tokens = torch.where(hidden[..., None], self.hidden_patch, tokens)
         tokens = tokens + self.patch_position
@@ -530,7 +523,19 @@ class Tokenizer(nn.Module):
             queries = queries + latents.unflatten(2, (self.patches, self.own)).sum(3)
         tokens = torch.cat([latents, queries], 2)
         tokens = self.decoder(tokens, self.decoder_mask(bottleneck.device), cache)
-        return self.draw_patches(tokens[:, :, self.latents:])
+        return self.paste(self.patch_out(tokens[:, :, self.latents:]).float())
+
+    def merge(self, z):
+        """(B, T, latents, channels) -> (B, T, S_z, Z): packed."""
+        if self.cfg.side > 1:
+            z = patchify(z.unflatten(2, (self.rows, self.columns)), self.cfg.side)
+        return z.reshape(*z.shape[:2], *self.latent_shape)
+
+    def split(self, z):
+        """Inverse of merge."""
+        if self.cfg.side > 1:
+            z = unpatchify(z, self.cfg.side, self.rows, self.columns).flatten(2, 3)
+        return z.reshape(*z.shape[:2], self.latents, self.cfg.channels)
 
     def forward(self, x, hidden=None):
         return self.reconstruct(self.bottleneck(x, hidden))
@@ -541,12 +546,11 @@ class Tokenizer(nn.Module):
         z = self.bottleneck(scale_pixels(frames), cache=cache)
         if cache:
             cache.advance(z.shape[1])
-        return z.reshape(*z.shape[:2], *self.latent_shape) / self.latent_std
+        return self.merge(z) / self.latent_std
 
     def decode(self, z, cache=None):
         """Latents (B, T, S_z, Z) -> uint8 frames (B, T, H, W, 3)."""
-        unpacked = (z * self.latent_std).unflatten(-1, (self.cfg.pack, -1)).flatten(2, 3)
-        x = self.reconstruct(unpacked, cache)
+        x = self.reconstruct(self.split(z * self.latent_std), cache)
         if cache:
             cache.advance(z.shape[1])
         return unscale_pixels(x)
@@ -555,9 +559,8 @@ class Tokenizer(nn.Module):
         """uint8 frames (B, T, H, W, 3) with patches hidden (B, T, P) -> what the encoder
         sees of them, hidden patches grey, and what the decoder makes of that; both
         uint8."""
-        x, (H, W) = scale_pixels(frames), frames.shape[2:4]
-        visible = torch.where(hidden[..., None], 0.0, patchify(x, self.cfg.patch))
-        visible = unpatchify(visible, self.cfg.patch, H, W)
+        x = scale_pixels(frames)
+        visible = self.paste(torch.where(hidden[..., None], 0.0, self.cut(x)))
         return unscale_pixels(visible), unscale_pixels(self(x, hidden))
 
 

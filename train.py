@@ -58,7 +58,7 @@ class DataConfig:
     labels_probe: str = ""      # actions are known only where this recorded probe isn't 0
     reference: str = ""         # dataset that judges, never trained on; default: recorded
     reference_episodes: int = 40
-    eval_episodes: int = 100    # 0: the world model alone is judged
+    eval_episodes: int = 200    # 0: the world model alone is judged
     eval_length: int = 500
 
     def __post_init__(self):
@@ -68,11 +68,11 @@ class DataConfig:
 @dataclasses.dataclass
 class TrainConfig:
     """Steps, batches and learning rates; the paper's values in the comments."""
-    tokenizer_steps: int = 2000
+    tokenizer_steps: int = 500
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
-    dynamics_steps: int = 2400
-    agent_steps: int = 3600
+    dynamics_steps: int = 2000
+    agent_steps: int = 1800
     imagine_steps: int = 540
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -81,7 +81,7 @@ class TrainConfig:
     event_rows: float = 0.0     # share of the dynamics' rows that show a task being done
     pure_noise: float = 0.0     # above 0 these are clean-past clips: events and this share
                                 # of the other frames are pure noise, the rest is context
-    boot_after: float = 0.0     # share of the dynamics' steps before bootstrap begins
+    boot_after: float = 0.5     # share of the dynamics' steps before bootstrap begins (0)
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
@@ -123,22 +123,19 @@ HEALTH = {"latent_rank": (2.0, np.inf), "tanh_saturated": (0.0, 0.3),   # lowest
 PRESETS = {     # each starts from the defaults, which are the cpu preset; more in envs/
     "cpu": {},
     "smoke": {"data.episodes": 12, "data.length": 80, "data.reference_episodes": 4,
-              "data.eval_episodes": 4, "data.eval_length": 40, "tokenizer.dim": 128,
-              "tokenizer.layers": 3, "dynamics.dim": 128, "train.tokenizer_steps": 60,
+              "data.eval_episodes": 4, "data.eval_length": 40, "dynamics.dim": 128,
+              "train.tokenizer_batch": 4, "train.tokenizer_steps": 60,
               "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
               "train.batch": 12, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6, "train.imagine_batch": 16},
-    # a token for each 8x8 cell of a frame: more work a frame, so a smaller model and batch
-    "cpu_long": {"data.episodes": 640, "data.eval_episodes": 200, "tokenizer.patch": 8,
-                 "tokenizer.cell": 0, "tokenizer.channels": 8, "tokenizer.dim": 128,
-                 "tokenizer.heads": 2, "tokenizer.kv_heads": 1, "tokenizer.layers": 3,
-                 "dynamics.dim": 128, "dynamics.heads": 2, "dynamics.kv_heads": 1,
-                 "dynamics.layers": 6, "dynamics.time_every": 3, "train.batch": 16,
-                 "train.imagine_batch": 32, "agent.horizon": 6, "agent.prompt_order": 0.5,
-                 "train.cooldown": 0.65, "train.event_rows": 0.6, "train.pure_noise": 0.25,
-                 "train.boot_after": 0.6,
-                 "train.tokenizer_steps": 500, "train.dynamics_steps": 5000,
-                 "train.agent_steps": 2400, "train.imagine_steps": 900},
+    # a token for each patch of a frame: more work a frame, so a smaller model and batch
+    "cpu_long": {"data.episodes": 640, "tokenizer.pack": 1, "dynamics.dim": 128,
+                 "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
+                 "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
+                 "agent.horizon": 6, "agent.prompt_order": 0.5, "train.cooldown": 0.65,
+                 "train.event_rows": 0.6, "train.pure_noise": 0.25, "train.boot_after": 0.6,
+                 "train.dynamics_steps": 5000, "train.agent_steps": 2400,
+                 "train.imagine_steps": 900},
 }
 # cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
 PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 1280, "dynamics.dim": 256,
@@ -786,7 +783,7 @@ def train_tokenizer(job):
     cfg, data = job.train, job.dataset
     job.configs["tokenizer"] |= {"height": data.spec.height, "width": data.spec.width}
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
-    print(f"{tokenizer.patches} patches of {tokenizer.cfg.patch}x{tokenizer.cfg.patch} "
+    print(f"{tokenizer.patches} patches of {tokenizer.patch}x{tokenizer.patch} "
           f"pixels, {tokenizer.latents} latents, {tokenizer.own or 'none'} of a patch's "
           "own.")
     perceptual = lpips_loss().to(job.device) if tokenizer.cfg.lpips else None

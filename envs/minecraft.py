@@ -78,10 +78,10 @@ ATTEMPTS, RETRY_SECONDS = 5, 1.0        # the pause doubles with each attempt
 # Neither preset was ever run. "minecraft" fits into 80 GB by formula (paper/bench.py),
 # "paper" has the paper's sizes as far as they are given, and no plan for the memory.
 COMMON = {
-    "data.eval_length": 72_000, "tokenizer.cell": 0, "tokenizer.channels": 16,
-    "tokenizer.pack": 2, "tokenizer.mae_max": 0.9, "dynamics.time_every": 4,
-    "dynamics.k_max": 64, "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0,
-    "agent.step_label": "own", "train.lr_policy": 5e-4, "train.warmup": 1000}
+    "data.eval_length": 72_000, "tokenizer.channels": 16, "tokenizer.pack": 2,
+    "tokenizer.mae_max": 0.9, "dynamics.time_every": 4, "dynamics.k_max": 64,
+    "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0, "agent.step_label": "own",
+    "train.boot_after": 0.0, "train.lr_policy": 5e-4, "train.warmup": 1000}
 PRESETS = {
     "minecraft": {
         **COMMON, "data.env": "minecraft", "data.path": "datasets/minecraft",

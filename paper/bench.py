@@ -31,7 +31,7 @@ from tokenizer import Cache, Tokenizer, TokenizerConfig, compile_module, reconst
 
 SPEC = ActionSpec(classes=(17,))
 TOKENIZERS = {"tokenizer": TokenizerConfig(patch=24, dim=256, layers=4, heads=4, kv_heads=2,
-                                           latents=16, channels=32, local=False, cell=0),
+                                           latents=16, channels=32, local=False, pack=1),
               "default tokenizer": TokenizerConfig()}
 ACTIVATION_BYTES = (66, 11)     # for backward, bf16: a channel; a head's pair of tokens
 STATE_BYTES = 16                # of a parameter: itself, gradient, optimizer, bf16 copy

@@ -58,7 +58,7 @@ def keys(tmp_path_factory):
 def key_run(seed=0):
     """A run for KeyEnv with random weights: zeros would make tests pass by silence."""
     spec, sizes = KeyEnv.spec, dict(dim=16, layers=3, heads=4, kv_heads=2)
-    tokenizer = Tokenizer(TokenizerConfig(height=8, width=12, patch=4, cell=2, latents=4,
+    tokenizer = Tokenizer(TokenizerConfig(height=8, width=12, patch=4, latents=4,
                                           channels=3, pack=2, context=3, **sizes))
     cfg = DynamicsConfig(tokens=2, channels=6, tasks=2, context=4, time_every=3, **sizes)
     dynamics = Dynamics(cfg, spec.actions)
