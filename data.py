@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -182,6 +183,8 @@ class EnvSpec:
     prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
+    # events are rewards, any numbers: agents are scored by their sum over an episode
+    returns: bool = False
     # classes that mean "do nothing", (): 0 of each; for the game alone, so that recordings
     # of a world stay its own when it gets some
     idle: tuple[int, ...] = field(default=(), compare=False)
@@ -225,12 +228,18 @@ def world_presets():
     return presets
 
 
+def file_name(world):
+    """The name of a world as that of a file: "gym:A/B-v0" -> "gym_A_B-v0"."""
+    return re.sub(r"[^\w.=-]+", "_", world)
+
+
 def make_env(name):
     """The environment "WORLD" or "WORLD:ARGUMENT", which envs/WORLD.py makes, or of an
     importable "module:Class", called without arguments. UserError: there is none.
 
     It has: spec; reset(seed) -> frame uint8 (H, W, 3); step(action float32 (A,)) -> frame,
-    events (n_tasks,): how often each happened, terminal. It may have:
+    events (n_tasks,): how often each happened (spec.returns: its reward), terminal. It may
+    have:
     keys      {key of the browser game: action name}
     player    (rng, skill) -> object whose act() is the action to record (else: random play)
     skills    {name: share of the recorded episodes} of that player
@@ -316,7 +325,11 @@ class CheckedEnv:
         self.checked("an action", action, np.float32)
         with users_code(self.spec.name):
             frame, events, terminal = self.env.step(action)
-            events = np.clip(self.checked("events", events, None), 0, 255).astype(np.uint8)
+            events = self.checked("events", events, None)
+            if self.spec.returns:
+                events = events.astype(np.float32)
+            else:
+                events = np.clip(events, 0, 255).astype(np.uint8)
             return self.checked("a frame", frame, np.uint8), events, bool(terminal)
 
     def checked(self, what, x, dtype):
@@ -458,7 +471,8 @@ class Worlds:
 
     def __call__(self, actions):
         self.envs = self.envs or [make_env(self.name) for _ in self.seeds]
-        events = np.zeros((len(self.envs), len(self.envs[0].spec.tasks)), np.uint8)
+        spec = self.envs[0].spec
+        events = np.zeros((len(self.envs), len(spec.tasks)), "f4" if spec.returns else "u1")
         if actions is None:
             self.reset()
         else:
@@ -530,6 +544,8 @@ def write_episode(folder, index, episode):
     if len(set(lengths.values())) > 1:
         raise UserError(f"{lengths} rows", "as many of each", "pad or cut")
     columns = {name: np.asarray(x, TYPES.get(name, "u1")) for name, x in columns.items()}
+    if np.asarray(episode.events).dtype.kind == "f":            # rewards
+        columns["events"] = np.asarray(episode.events, np.float32)
     columns = {name: x for name, x in columns.items() if x.size}  # npy knows no zero widths
     kinds = [(name, x.dtype, x.shape[1:]) for name, x in columns.items()]
     rows = np.empty(len(episode.frames), kinds)
@@ -554,7 +570,8 @@ def open_episode(path, spec):
         rows = np.load(path, mmap_mode="r")
         for name, shape in shapes.items():
             got = column(rows, name)
-            if got.shape != (len(rows), *shape) or got.dtype != TYPES[name]:
+            dtype = "f4" if name == "events" and spec.returns and shape[0] else TYPES[name]
+            if got.shape != (len(rows), *shape) or got.dtype != dtype:
                 raise ValueError(f"{name} {got.shape} {got.dtype}, not {shape}")
         return rows
     except (OSError, ValueError, TypeError, EOFError) as error:
@@ -573,7 +590,8 @@ def check_episode(path, rows, spec):
               "it ends before its last row": not rows["continues"][:-1].all(),
               "a class out of range": ((index < 0) | (index >= sizes)).any(),
               "a class that is not whole": (index != np.floor(index)).any(),
-              "a number outside [-1, 1]": not (np.abs(number) <= 1).all()}
+              "a number outside [-1, 1]": not (np.abs(number) <= 1).all(),
+              "a reward that is not finite": not np.isfinite(column(rows, "events")).all()}
     for fault, found in faults.items():
         if found:
             raise UserError(f"{path}: {fault}", "rows as Episode describes", "correct them")
@@ -613,8 +631,9 @@ def finish_dataset(folder, spec, settings):
         content.update(np.memmap(path, np.uint8, "r"))
         lengths.append(len(rows))
         crc.append(zlib.crc32(rows.view(np.uint8)))
-        happened = np.argwhere(column(rows, "events")).tolist()
-        events += [[i, t, task] for t, task in happened]
+        if not spec.returns:
+            happened = np.argwhere(column(rows, "events")).tolist()
+            events += [[i, t, task] for t, task in happened]
     write_about(folder, spec, settings, complete=True, found={
         "lengths": lengths, "events": events, "crc": crc, "content": content.hexdigest()})
 
@@ -749,7 +768,7 @@ class Dataset:
 def play_episode(env, seed, index, length, skill):
     """Play at most `length` frames of the world seed + index -> Episode."""
     rng, probe = rng_for(seed, "player", index), getattr(env, "probe", dict)
-    no_event = np.zeros(len(env.spec.tasks), bool)
+    no_event = np.zeros(len(env.spec.tasks), np.float32 if env.spec.returns else bool)
     rows = [(env.reset(seed + index), env.spec.actions.zeros(), no_event, True, probe())]
     player = env.player(rng, skill) if hasattr(env, "player") else None
     continues = True
@@ -758,7 +777,8 @@ def play_episode(env, seed, index, length, skill):
         action = np.array(action, np.float32)       # the player may use its array again
         frame, events, terminal = env.step(action)
         continues = not terminal
-        rows.append((frame, action, events > 0, continues, probe()))
+        events = events if env.spec.returns else events > 0
+        rows.append((frame, action, events, continues, probe()))
     *columns, probes = zip(*rows, strict=True)
     probes = {name: np.stack([probe[name] for probe in probes]) for name in probes[0]}
     return Episode(*map(np.stack, columns), probes=probes)
@@ -911,12 +931,15 @@ def make_parser():
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--skill", help="one of the recorded player's; default: a mix of all")
     new.add_argument("--out", required=True, help="folder")
+    commands.add_parser("import-episodes", help="recordings of yours: see its --help")
     about = commands.add_parser("describe", help="what the players achieved")
     about.add_argument("--data", required=True, help="folder")
     return parser
 
 
 def main():
+    if sys.argv[1:2] == ["import-episodes"]:
+        return importlib.import_module("envs.episodes").main(sys.argv[2:])
     flags = vars(make_parser().parse_args())
     command = flags.pop("command")
     print(describe(record(**flags) if command == "record" else Dataset(flags["data"])))

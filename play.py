@@ -41,9 +41,9 @@ from agent import (STAGES, autocast, dream_of, freeze, imagine_rollout, load_che
                    load_run, pick_device, pick_dtype, sample_action, sha256_of,
                    split_logits)
 from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, check_world,
-                  controls, copy_env, count_workers, finish_dataset, make_env, play_episode,
-                  read_json, record, run_cli, this_command, write_episode, write_json,
-                  write_whole)
+                  controls, copy_env, count_workers, file_name, finish_dataset, make_env,
+                  play_episode, read_json, record, run_cli, this_command, write_episode,
+                  write_json, write_whole)
 from dynamics import Batch, Dream
 from tokenizer import Cache, compile_module
 
@@ -159,7 +159,7 @@ def reference_set(env, episodes=40, length=300, path=""):
     """Recorded play that is never trained on: the dataset at path, or recorded at first."""
     if path:
         return Dataset(path)
-    path = Path("datasets") / f"{env.replace(':', '_')}_reference_{episodes}x{length}"
+    path = Path("datasets") / f"{file_name(env)}_reference_{episodes}x{length}"
     return record(env, path, episodes, length, REFERENCE_SEED)
 
 
@@ -495,12 +495,13 @@ class Actor:
 
 def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.0):
     """One sampled episode in each of `worlds` (VecEnv); run None: uniform random actions.
-    Returns first (N, tasks + 1): the step at which each task was first done and, last, that
-    of death, inf where never."""
+    Returns first (N, tasks + 1): the step at which each task was first done (spec.returns:
+    the sum of its rewards) and, last, that of death, inf where never."""
     spec, N = worlds.spec, len(worlds.seeds)
     device = run.device if run else torch.device("cpu")
     frames, order, alive = worlds.reset(), PromptOrder(spec, N), np.arange(N)
     first, rng = np.full((N, len(spec.tasks) + 1), np.inf), np.random.default_rng(seed)
+    total = np.zeros((N, len(spec.tasks)))
     with autocast(device, dtype):
         if run:
             actor = Actor(run, torch.Generator(device).manual_seed(seed), temperature)
@@ -513,6 +514,7 @@ def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.
             # what has happened for the first time, and the prompts that follow
             now = np.concatenate([events > 0, terminal[:, None]], 1)
             first[now & np.isinf(first)] = step
+            total += events
             changed = order.advance(events)
             if terminal.all():
                 break
@@ -525,6 +527,8 @@ def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.
             if run:
                 actor.observe(frames[alive], actions[alive], True, order.task[alive],
                               changed[alive])
+    if spec.returns:
+        first[:, :-1] = total
     return first
 
 
@@ -537,6 +541,8 @@ def play_recorded(worlds, length):
         for episode in map(data.episode, data.episodes("all")):
             events = np.column_stack([episode["events"] > 0, episode["continues"] == 0])
             first.append(np.where(events.any(0), events.argmax(0), np.inf))
+            if data.spec.returns:
+                first[-1][:-1] = episode["events"].sum(0)
     return np.stack(first)
 
 
@@ -555,7 +561,7 @@ def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0)
     if stage:
         crc = zlib.crc32((folder / f"{stage}.pt").read_bytes())
         name += f"_t{temperature:g}_{pick_dtype(device, dtype)}_{crc:08x}"
-    path = folder / "episodes" / f"{re.sub('[/:]', '_', name)}.npy"
+    path = folder / "episodes" / f"{file_name(name)}.npy"
     if path.exists():
         print(f"{path} is there; delete it to play again.")
         return Episodes(agent, folder.name, np.load(path))
@@ -572,13 +578,22 @@ def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0)
 
 
 def achievements_of(spec):
-    """The tasks that are counted, by number."""
+    """The tasks that are counted, by number; rewards are summed."""
+    if spec.returns:
+        return []
     return [spec.tasks.index(task) for task in spec.achievements or spec.tasks]
 
 
 def count_achievements(spec, first):
-    """first (..., tasks + 1) -> (...): how many were reached, whatever the prompts."""
+    """first (..., tasks + 1) -> (...): how many were reached, whatever the prompts, or the
+    return."""
+    if spec.returns:
+        return first[..., :-1].sum(-1)
     return np.isfinite(first[..., achievements_of(spec)]).sum(-1)
+
+
+def score_name(spec):
+    return "return" if spec.returns else "achievements"
 
 
 def firsts_of(plays, agent):
@@ -600,7 +615,7 @@ def agent_rows(spec, plays, length):
     for agent in dict.fromkeys(episodes.agent for episodes in plays):
         first, of = firsts_of(plays, agent), {"agent": agent}
         score, alive = count_achievements(spec, first), np.minimum(first[..., -1], length)
-        rows.append(Result("achievements", *over_runs(score), "achievements", of))
+        rows.append(Result(score_name(spec), *over_runs(score), score_name(spec), of))
         rows.append(Result("steps_alive", *over_runs(alive), "steps", of))
         for task in achievements_of(spec):
             of, when = {"agent": agent, "task": spec.tasks[task]}, first[..., task]
@@ -622,7 +637,8 @@ def difference_rows(spec, plays, a, b, length):
     n = min(first.shape[1], other.shape[1])
     first, other = np.broadcast_arrays(first[:, :n], other[:, :n])
     more = count_achievements(spec, first) - count_achievements(spec, other)
-    rows = [Result("achievements_gain", *over_runs(more), "achievements", of)]
+    name = score_name(spec)
+    rows = [Result(f"{name}_gain", *over_runs(more), name, of)]
     for task in achievements_of(spec):
         x, y = first[..., task], other[..., task]
         if min(np.isfinite(x).mean(), np.isfinite(y).mean()) > 0.5:
@@ -845,7 +861,8 @@ def markdown_table(head, rows):
 def headlines(folder):
     """Of a run's results what one looks at first, as a table; report.md has all."""
     names = ("tokenizer_psnr", "balanced_cells", "worst_class", "gain_over_copying",
-             "gain_over_shuffled", "achievements", "achievements_gain", "wall_minutes")
+             "gain_over_shuffled", "achievements", "achievements_gain", "return",
+             "return_gain", "wall_minutes")
     return results_table([row for row in read_results(folder) if row.name in names])
 
 
@@ -1112,7 +1129,8 @@ class Session:
                 logits = self.policy(w)[1]
                 sampled = sample_action(self.spec.actions, logits, self.generator)
                 chosen[w] = sampled[0].cpu().numpy()
-        events, frame = np.zeros((2, len(self.spec.tasks)), bool), self.now[-1]
+        kind = np.float32 if self.spec.returns else bool
+        events, frame = np.zeros((2, len(self.spec.tasks)), kind), self.now[-1]
         actions, self.t = self.tensor(chosen)[:, None], self.t + 1
         labelled = torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device)
         z = self.dream.imagine(actions[:1], labelled[:1])
@@ -1124,7 +1142,8 @@ class Session:
             z = torch.cat([z, self.z])
         picture = self.commit(z, actions, labelled)[0]
         if self.policies and self.spec.tasks:       # in the dream: predicted rewards
-            events[0, self.tasks] = self.rewards[0] > 0.5
+            seen = self.rewards[0]
+            events[0, self.tasks] = seen if self.spec.returns else seen > 0.5
         self.add_row("dream", Row(picture, chosen[0], events[0]))
         self.add_frame(picture, frame, ORANGE)
         self.order.advance(events)

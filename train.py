@@ -20,6 +20,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,9 @@ import play
 from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast, dream_of,
                    freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
                    pick_device, pick_dtype, save_checkpoint, sha256_of)
-from data import (Dataset, UserError, Windows, check_config, check_world, read_json, record,
-                  rng_for, run_cli, this_command, world_presets, write_json, write_whole)
+from data import (Dataset, UserError, Windows, check_config, check_world, file_name,
+                  read_json, record, rng_for, run_cli, this_command, world_presets,
+                  write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
                       ramp_weight, sample_tau_d, show_as_context, to_device)
 from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
@@ -50,7 +52,10 @@ from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_modul
 @dataclasses.dataclass
 class DataConfig:
     """Recorded play to train on, and the episodes that judge the result."""
-    env: str = "crafter"
+    env: str = "crafter"        # gym:ID: any gymnasium world, of which
+    size: str = ""              # its frames' size, "72x72"; default: at most 96 pixels
+    frameskip: int = 1          # how often an action is repeated
+    bins: int = 11              # classes for a number of an action; 0: the number itself
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
     episodes: int = 320
     length: int = 300
@@ -62,7 +67,7 @@ class DataConfig:
     eval_length: int = 500
 
     def __post_init__(self):
-        check_config("data", self, zero=("eval_episodes",), shares=("labels",))
+        check_config("data", self, zero=("eval_episodes", "bins"), shares=("labels",))
 
 
 @dataclasses.dataclass
@@ -185,9 +190,25 @@ def parse(argv=None):
         configs[prefix] = {f.name: chosen.get(f"{prefix}.{f.name}", f.default)
                            for f in dataclasses.fields(config)}
         config(**configs[prefix])           # a bad value is one line, before anything runs
-    args.run = (args.run or configs["data"]["env"].split(":")[0]).removeprefix("runs/")
+    env = name_world(configs["data"])
+    world = re.split("[:/]", env)
+    args.run = args.run or (world[-1] if world[0] == "gym" else world[0])
+    args.run = args.run.removeprefix("runs/")
     check_flags(args, configs)
     return args, configs
+
+
+def name_world(data):
+    """The settings of a gymnasium world become a part of its name, by which recordings and
+    runs know it: gym:ID,size=72x72. Returns the name without them."""
+    env, words = data["env"], []
+    for name in ("size", "frameskip", "bins"):
+        if data[name] != getattr(DataConfig, name):
+            words.append(f"{name}={data[name]}")
+    if words and not env.startswith("gym:"):
+        raise UserError(f"Got {', '.join(words)} for {env}, need a world gym:ID.")
+    data["env"] = ",".join([env, *words])
+    return env.split(",")[0]
 
 
 def check_flags(args, configs):
@@ -710,7 +731,8 @@ class Recordings:
         task of the prompt order. ahead: as in data.Windows. labelled: of episodes with
         known actions alone."""
         first = self.labelled_episodes if labelled else None
-        windows = Windows(length, True, ahead=ahead, first=first)
+        # where rewards are given all along, any window does
+        windows = Windows(length, not self.spec.returns, ahead=ahead, first=first)
         ordered = round(prompt_order * n)
         tasks = tuple(self.spec.tasks.index(task) for task, _ in self.spec.prompt_order)
         return [(n - ordered, windows), (ordered, windows._replace(tasks=tasks))]
@@ -765,8 +787,10 @@ def rollout_check(job, run, n=16, context=16, horizon=4):
 def imitation_check(job, recordings, dynamics, agent, n=32, length=16):
     """Nats of the next action on validation clips of tasks being done; above bc_next_action
     where the policy learns its episodes by heart. {}: there are none."""
-    windows = Windows(length, relevant=True, split="valid")
-    if not len(job.dataset.windows_with_event(windows)[0]):
+    windows = Windows(length, not recordings.spec.returns, split="valid")
+    there = job.dataset.windows_with_event(windows)[0] if windows.relevant else (
+        job.dataset.long_enough(windows))
+    if not len(there):
         return {}
     batch = recordings.read(rng_for(job.args.seed, "check", 0), [(n, windows)])
     batch = batch.to(job.device)
@@ -949,7 +973,8 @@ def train_imagine(job):
                         f"{run.dynamics.cfg.k_max}.")
     recordings, agent, train = Recordings(job), run.agent, job.train
     recordings.latents = open_latents(job, run.tokenizer)
-    agent.cfg = cfg
+    agent.cfg = dataclasses.replace(cfg, end_on_event=cfg.end_on_event
+                                    and not run.spec.returns)
     agent.policy.requires_grad_(True)
     agent.value.requires_grad_(True)
     agent.sharpen(cfg.temperature)
@@ -1063,7 +1088,7 @@ def check_plan(job, stages):
         ahead = (cfg.context, cfg.context + cfg.horizon - 1)
         kinds += recordings.with_event(2, cfg.context, ordered, ahead)
     for n, windows in kinds:
-        if n and not len(data.windows_with_event(windows)[0]):
+        if n and windows.relevant and not len(data.windows_with_event(windows)[0]):
             raise UserError(f"Got training episodes in {path} in which no task of the "
                             "prompts is done, need one to imitate: record more play, "
                             f"--agent.imagined_tasks all, {alone}")
@@ -1120,7 +1145,7 @@ def prepare(args, configs, device):
     folder = Path("runs") / args.run
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Run {folder}, preset {args.preset}, {device}, changed: {changed or 'nothing'}")
-    name = f"{data.env.replace(':', '_')}_{data.episodes}x{data.length}"
+    name = f"{file_name(data.env)}_{data.episodes}x{data.length}"
     path = Path(data.path or f"datasets/{name}")
     with in_turn():
         if args.base:
