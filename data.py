@@ -245,6 +245,7 @@ def make_env(name):
     skills    {name: share of the recorded episodes} of that player
     copyable  True: copy.deepcopy makes a world of its own that goes on from here
     probe     () -> dict of uint8 arrays, ground truth for evaluation only
+    recordings  folders to train on and to judge by, of a world that nobody can play
     reader    () -> object that reads frames: compare(frames, true, shown=None) ->
               {measure: (a (N,), b (N,))}, reported as sum a / sum b; frames uint8
               (N, H, W, 3), dreamed or reconstructed; true: probes of the real ones, dict of

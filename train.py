@@ -40,8 +40,8 @@ from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast,
                    freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
                    pick_device, pick_dtype, save_checkpoint, sha256_of)
 from data import (Dataset, UserError, Windows, check_config, check_world, file_name,
-                  read_json, record, rng_for, run_cli, this_command, world_presets,
-                  write_json, write_whole)
+                  make_env, read_json, record, rng_for, run_cli, this_command,
+                  world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
                       ramp_weight, sample_tau_d, show_as_context, to_device)
 from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
@@ -1139,7 +1139,12 @@ def check_recordings(data, dataset, reference):
 def prepare(args, configs, device):
     """Run folder and recordings -> Job."""
     begin = time.perf_counter()
-    data, train = DataConfig(**configs["data"]), TrainConfig(**configs["train"])
+    data, train = configs["data"], TrainConfig(**configs["train"])
+    if recordings := getattr(make_env(data["env"]), "recordings", None):
+        # nobody can play them: the model is judged by those that were held out
+        data |= {"path": data["path"] or recordings[0], "eval_episodes": 0,
+                 "reference": data["reference"] or recordings[1]}
+    data = DataConfig(**data)
     changed = {f"{prefix}.{key}": value for prefix, config in configs.items()
                for key, value in config.items() if value != getattr(CONFIGS[prefix](), key)}
     folder = Path("runs") / args.run

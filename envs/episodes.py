@@ -9,7 +9,8 @@ An episode is NAME.npz as Dreamer's replay buffers and Crafter's recorder write 
     achievement_NAME, events   optional (T,), (T, N): tasks, that happen or are counted
     reward     optional (T,): without tasks it is the one, "return"
 A file that isn't so is left out, with the reason. first_rows.png shows the first frames and
-their actions: do they belong together?
+their actions: do they belong together? One episode in ten, or the last one, goes to
+DIR_reference, which judges what was learned. Then: `train.py --data.env episodes:DIR`.
 """
 import argparse
 import collections
@@ -25,7 +26,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from data import ActionSpec, EnvSpec, Episode, UserError, finish_dataset, write_episode
+from data import (ActionSpec, Dataset, EnvSpec, Episode, UserError, episode_path,
+                  finish_dataset, write_episode)
 
 KINDS = ("discrete", "continuous", "onehot")
 BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError,
@@ -214,47 +216,92 @@ def picture_first_rows(path, episode, n=5):
     figure.savefig(path, dpi=90)
 
 
-def import_episodes(src, out, size=None, kind=None, lead=False):
-    """All NAME.npz of src -> a dataset in the folder out. UserError: there is none that is
-    right, or out holds something."""
-    paths = sorted(Path(src).glob("**/*.npz"))
-    if not paths:
-        raise UserError(f"no .npz in {src}", "an episode a file", "correct --src")
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise UserError(f"{out}, which is not empty", "a new folder", "name another --out")
-    paths, survey = look_through(paths, kind)
-    index, shape = 0, size
+def right_episodes(paths, survey, size, lead):
+    """Yields the Episodes of the files, frames of one size; says which files are left
+    out."""
     for path in tqdm(paths, "writing"):
         try:
             columns = read_columns(path)
             columns["image"] = resized(columns["image"], size)
-            shape = shape or columns["image"].shape[1:3]
-            if columns["image"].shape[1:3] != shape:
+            size = size or columns["image"].shape[1:3]
+            if columns["image"].shape[1:3] != size:
                 raise ValueError(f"frames {columns['image'].shape[1:3]}, the ones before "
-                                 f"{shape}: --size resizes them")
+                                 f"{size}: --size resizes them")
         except BROKEN as error:
             print(f"left out: {path} ({error or type(error).__name__})")
             continue
-        for episode in episodes_of(columns, survey, lead):
-            write_episode(out, index, episode)
-            if index == 0:
-                picture_first_rows(Path(out) / "first_rows.png", episode)
-            index += 1
-    if not index:
+        yield from episodes_of(columns, survey, lead)
+
+
+def write_apart(episodes, folders):
+    """One episode in ten, or the last of fewer, goes to the second folder -> how many are
+    in each."""
+    counts = [0, 0]
+    for episode in episodes:
+        if not any(counts):
+            folders[0].mkdir(parents=True, exist_ok=True)
+            picture_first_rows(folders[0] / "first_rows.png", episode)
+        held_out = sum(counts) % 10 == 9
+        write_episode(folders[held_out], counts[held_out], episode)
+        counts[held_out] += 1
+    if 1 < counts[0] < 10:
+        folders[1].mkdir(exist_ok=True)
+        last = episode_path(folders[0], counts[0] - 1)
+        last.rename(episode_path(folders[1], 0))
+        counts = [counts[0] - 1, 1]
+    return counts
+
+
+def import_episodes(src, out, size=None, kind=None, lead=False):
+    """All NAME.npz of src -> datasets in the folders out and out_reference. UserError:
+    there is none that is right, or they hold something."""
+    paths, folders = sorted(Path(src).glob("**/*.npz")), (Path(out), Path(f"{out}_reference"))
+    if not paths:
+        raise UserError(f"no .npz in {src}", "an episode a file", "correct --src")
+    for folder in folders:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}, which is not empty", "a new folder", "name another "
+                            "--out")
+    paths, survey = look_through(paths, kind)
+    counts = write_apart(right_episodes(paths, survey, size, lead), folders)
+    if not any(counts):
         raise UserError("no episode of two frames", "one at least", "see the reasons above")
 
     # what all have in common
+    height, width = np.load(episode_path(folders[0], 0), mmap_mode="r")["frames"].shape[1:3]
     if survey.kind == "continuous":
         actions = ActionSpec(numbers=survey.width)
     else:
         actions = ActionSpec(survey.classes)
     prompts = (("return", 0),) if survey.returns else ()
-    spec = EnvSpec(Path(out).name, *shape, actions, survey.tasks, prompts,
+    spec = EnvSpec(folders[0].name, height, width, actions, survey.tasks, prompts,
                    returns=survey.returns)
-    finish_dataset(out, spec, {})
-    print(f"{out}: {index} episodes of {len(paths)} files, frames {shape[0]}x{shape[1]}, "
-          f"{survey.kind} actions {actions}, tasks {list(survey.tasks) or 'none'}. Look at "
-          f"{Path(out) / 'first_rows.png'}: does each action lead to the frame below it?")
+    for folder, count in zip(folders, counts, strict=True):
+        if count:
+            finish_dataset(folder, spec, {})
+            print(f"{folder}: {count} episodes")
+    print(f"Frames {height}x{width}, {survey.kind} actions {actions}, tasks "
+          f"{list(survey.tasks) or 'none'}. Look at {folders[0] / 'first_rows.png'}: does "
+          "each action lead to the frame below it?")
+
+
+class Recorded:
+    """The world of imported recordings: nobody can play it."""
+
+    def __init__(self, folder):
+        self.spec = Dataset(folder).spec
+        self.recordings = folder, f"{folder}_reference"
+
+    def reset(self, seed):
+        raise UserError(f"recordings {self.recordings[0]}", "a world to play", "play in "
+                        "the dream alone")
+
+    step = reset
+
+
+def make(argument):
+    """The world "episodes:DIR" of the recordings that were imported to DIR."""
+    return Recorded(argument)
 
 
 def parse_size(text):

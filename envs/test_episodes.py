@@ -7,7 +7,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from data import Dataset, UserError
+from data import Dataset, UserError, make_env
 from envs import episodes
 
 T = 6
@@ -71,6 +71,7 @@ def test_streams_are_split_and_counts_are_events(tmp_path):
     first = np.array([1, 0, 0, 1, 0, 0], bool)
     save(tmp_path / "src", is_first=first, achievement_wood=np.array([0, 1, 1, 0, 0, 2]),
          achievement_stone=np.array([0, 1, 0, 0, 1, 1]))
+    save(tmp_path / "src", "b", achievement_wood=np.zeros(T), achievement_stone=np.zeros(T))
     data = imported(tmp_path)
     assert data.lengths.tolist() == [3, 3] and data.spec.tasks == ("stone", "wood")
     wood = [data.rows(i)["events"][:, 1].tolist() for i in (0, 1)]
@@ -106,10 +107,25 @@ def test_a_bad_file_is_left_out_with_the_reason(tmp_path, capsys, fault):
     with pytest.raises(UserError, match="no episode that is right|no episode of two"):
         imported(tmp_path)
     assert re.search(r"left out: .*bad.npz \(.+\)", capsys.readouterr().out)
-    save(tmp_path / "src", "good")
-    save(tmp_path / "src", "too")
+    for name in ("good", "too", "also"):
+        save(tmp_path / "src", name)
     data = imported(tmp_path)
     assert len(data.lengths) == 2 and "bad.npz" in capsys.readouterr().out
+
+
+def test_recordings_are_a_world_that_nobody_plays(tmp_path):
+    """Fails if nothing judges them, or a recording both trains and judges."""
+    for i in range(12):
+        frames = np.roll(FRAMES, i, 0)
+        save(tmp_path / "src", f"{i:02d}", image=frames, action=np.arange(T) % 2)
+    data = imported(tmp_path)
+    env = make_env(f"episodes:{tmp_path / 'out'}")
+    trains, judges = map(Dataset, env.recordings)
+    assert trains.fingerprint == data.fingerprint and env.spec == judges.spec
+    assert (len(trains.lengths), len(judges.lengths)) == (11, 1)
+    assert judges.rows(0)["frames"][0, 0, 0, 0] == np.roll(np.arange(T), 9)[0]
+    with pytest.raises(UserError, match="a world to play"):
+        env.reset(0)
 
 
 @pytest.mark.slow
@@ -136,6 +152,7 @@ def test_a_thousand_malformed_files(tmp_path, capsys):
         rows = data.rows(i)
         assert np.array_equal(rows["frames"], FRAMES)
         assert rows["actions"][:, 0].tolist() == list(range(T))
-    out = capsys.readouterr().out
-    assert out.count("left out") + len(data.lengths) == 1001 and len(data.lengths) < 500
+    held_out = Dataset(f"{tmp_path / 'out'}_reference")
+    whole = len(data.lengths) + len(held_out.lengths)
+    assert capsys.readouterr().out.count("left out") + whole == 1001 and whole < 500
     assert zipfile.is_zipfile(io.BytesIO(good))

@@ -1,0 +1,145 @@
+"""A trained world model as a gymnasium world: what plays in it can't tell it from a game.
+
+    from envs.dream import DreamEnv
+    env = DreamEnv("runs/crafter", "datasets/crafter_reference_40x300", task="collect_wood")
+
+DreamVector holds N dreams in one batch, DreamEnv is one of them. An episode begins behind a
+window of recorded play and lasts `length` steps or to a predicted end. The observation is
+the decoded frame or ("h") the agent token's output, the reward that of `task`, predicted.
+"""
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from agent import autocast, load_run, pick_device
+from data import Dataset, UserError, Windows
+from dynamics import Batch, Dream
+from tokenizer import Cache
+
+
+def action_space(spec):
+    """ActionSpec -> Discrete, MultiDiscrete, Box, or a Tuple of the last two."""
+    classes = spaces.MultiDiscrete(spec.classes) if spec.classes else None
+    numbers = spaces.Box(-1, 1, (spec.numbers,), np.float32) if spec.numbers else None
+    if len(spec.classes) == 1 and not spec.numbers:
+        return spaces.Discrete(spec.classes[0])
+    if classes and numbers:
+        return spaces.Tuple((classes, numbers))
+    return classes or numbers
+
+
+class DreamVector(gymnasium.vector.VectorEnv):
+    """N dreams. A row that has ended begins anew at the step after it (NEXT_STEP)."""
+    metadata = {"render_modes": ["rgb_array"],
+                "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, run, dataset, num_envs=1, task=None, observation="frame", length=100,
+                 k=None, step_label=None, device="auto", dtype="auto"):
+        self.device, self.dtype = pick_device(device), dtype
+        self.run = load_run(run, None, self.device, dtype)
+        if self.run.agent is None:
+            raise UserError(f"Got {self.run.path} without an agent, need its reward head: "
+                            "train --stage agent first.")
+        self.data, spec, self.sampler = Dataset(dataset), self.run.spec, (k, step_label)
+        if self.data.spec.recorded() != spec.recorded():
+            raise UserError(f"Got {dataset} of another world than {self.run.path}, need "
+                            "recordings of the same.")
+        task = task or spec.tasks[0]
+        if task not in spec.tasks or observation not in ("frame", "h"):
+            raise UserError(f"Got task {task!r}, observation {observation!r}, need one of "
+                            f"{spec.tasks} and 'frame' or 'h'.")
+        self.num_envs, self.length, self.observation = num_envs, length, observation
+        self.task = torch.full((num_envs, 1), spec.tasks.index(task), device=self.device)
+        frame = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
+        h = spaces.Box(-np.inf, np.inf, (self.run.dynamics.cfg.dim,), np.float32)
+        self.single_observation_space = frame if observation == "frame" else h
+        self.single_action_space = action_space(spec.actions)
+        batch = gymnasium.vector.utils.batch_space
+        self.observation_space = batch(self.single_observation_space, num_envs)
+        self.action_space = batch(self.single_action_space, num_envs)
+        self.generator = torch.Generator(self.device)
+
+    def begin(self, n, t):
+        """n dreams behind windows of recorded play that end before frame t: a Dream, the
+        decoder's cache, h (n, 1, D), pictures (n, H, W, 3)."""
+        C = self.run.dynamics.cfg.context
+        episode, start, _ = self.data.sample(self.np_random, n, Windows(C, split="all"))
+        rows = self.data.read(episode, start, C, ("frames", "actions", "labelled"))
+        frames, actions, labelled = (torch.from_numpy(x).to(self.device)
+                                     for x in rows.values())
+        view = Cache(self.run.tokenizer.cfg.context, t - C)
+        z = self.run.tokenizer.encode(frames)
+        pictures = self.run.tokenizer.decode(z, view)[:, -1]
+        dream = Dream(self.run.dynamics, self.generator, Cache(C, t - C), *self.sampler)
+        task = self.run.agent.prompt(self.task[:n].expand(-1, C))
+        h = dream.commit(*Batch(z, actions, labelled, task)[:4])
+        return dream, view, h[:, -1:], pictures
+
+    def seen(self):
+        """What is observed of all rows, as numpy."""
+        x = self.frames if self.observation == "frame" else self.h[:, 0]
+        return x.cpu().numpy().copy()
+
+    @torch.no_grad()
+    def reset(self, *, seed=None, options=None):
+        if seed is not None or self._np_random is None:
+            self._np_random, self._np_random_seed = gymnasium.utils.seeding.np_random(seed)
+        self.generator.manual_seed(int(self.np_random.integers(2 ** 31)))
+        with autocast(self.device, self.dtype):
+            begun = self.begin(self.num_envs, self.run.dynamics.cfg.context)
+        self.dream, self.view, self.h, self.frames = begun
+        self.steps, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
+        return self.seen(), {}
+
+    def rows_of(self, actions):
+        """Actions of the space -> (N, 1, A)."""
+        parts = actions if isinstance(actions, tuple) else (actions,)
+        parts = [np.asarray(x, np.float32).reshape(self.num_envs, -1) for x in parts]
+        return torch.from_numpy(np.concatenate(parts, 1))[:, None].to(self.device)
+
+    @torch.no_grad()
+    def step(self, actions):
+        agent, ended = self.run.agent, np.flatnonzero(self.over)
+        with autocast(self.device, self.dtype):
+            z, self.h = self.dream.step(self.rows_of(actions), agent.prompt(self.task))
+            rewards = agent.rewards(self.h[:, 0], self.task[:, 0]).float().cpu().numpy()
+            ends = (agent.continue_prob(self.h[:, 0]) < 0.5).cpu().numpy()
+            if self.observation == "frame":
+                self.frames = self.run.tokenizer.decode(z, self.view)[:, 0]
+            else:
+                self.view.advance()
+            if len(ended):              # their next episode begins where the others stand
+                dream, view, h, pictures = self.begin(len(ended), self.dream.cache.t)
+                rows = torch.as_tensor(ended, device=self.device)
+                self.frames[rows], self.h[rows] = pictures, h
+                self.dream.cache.copy_rows(rows, dream.cache)
+                self.view.copy_rows(rows, view)
+        self.steps += 1
+        rewards[ended], ends[ended], self.steps[ended] = 0, False, 0
+        truncated = (self.steps >= self.length) & ~ends
+        self.over = ends | truncated
+        return self.seen(), rewards.astype(float), ends, truncated, {}
+
+
+class DreamEnv(gymnasium.Env):
+    """One dream; settings as DreamVector's."""
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, run, dataset, render_mode=None, **settings):
+        self.rows, self.render_mode = DreamVector(run, dataset, 1, **settings), render_mode
+        self.observation_space = self.rows.single_observation_space
+        self.action_space = self.rows.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        seed = int(self.np_random.integers(2 ** 31))
+        return self.rows.reset(seed=seed)[0][0], {}
+
+    def step(self, action):
+        action = tuple(x[None] for x in action) if isinstance(action, tuple) else [action]
+        seen, rewards, ends, truncated, _ = self.rows.step(action)
+        return seen[0], float(rewards[0]), bool(ends[0]), bool(truncated[0]), {}
+
+    def render(self):
+        return self.rows.frames[0].cpu().numpy()
