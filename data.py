@@ -43,6 +43,7 @@ except ImportError:                                 # Windows
 VERSION = 2                                         # of what is on disk
 TYPES = {"frames": "u1", "actions": "f4", "labelled": "?", "events": "u1",
          "continues": "u1"}                         # probes: u1
+RARE = 0.1                                          # share of frames with a rare reward
 ENVS = Path(__file__).parent / "envs"
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")          # quota and period, microseconds
 PROCESSES = multiprocessing.get_context("spawn")    # fork hurts torch
@@ -183,7 +184,7 @@ class EnvSpec:
     prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
-    # events are rewards, any numbers: agents are scored by their sum over an episode
+    # events are rewards, any numbers, 0 in row 0: agents are scored by their sum
     returns: bool = False
     # classes that mean "do nothing", (): 0 of each; for the game alone, so that recordings
     # of a world stay its own when it gets some
@@ -200,6 +201,10 @@ class EnvSpec:
             if task not in self.tasks:
                 raise UserError(f"a prompt or achievement {task!r} of {self.name}",
                                 f"one of its tasks {self.tasks}", "correct its EnvSpec")
+
+    @property
+    def event_type(self):
+        return np.float32 if self.returns else np.uint8
 
     def recorded(self):
         """What recordings of a world depend on: all but `idle`."""
@@ -224,7 +229,9 @@ def world_presets():
     presets = {}
     for name in sorted(path.stem for path in ENVS.glob("[a-z]*.py")):
         if not name.startswith("test_"):
-            presets.update(getattr(importlib.import_module(f"envs.{name}"), "PRESETS", {}))
+            with suppress(ImportError):             # what it needs may be missing
+                world = importlib.import_module(f"envs.{name}")
+                presets.update(getattr(world, "PRESETS", {}))
     return presets
 
 
@@ -244,6 +251,7 @@ def make_env(name):
     player    (rng, skill) -> object whose act() is the action to record (else: random play)
     skills    {name: share of the recorded episodes} of that player
     copyable  True: copy.deepcopy makes a world of its own that goes on from here
+    cut       True: the last step was terminal only because the world has a limit of steps
     probe     () -> dict of uint8 arrays, ground truth for evaluation only
     recordings  folders to train on and to judge by, of a world that nobody can play
     reader    () -> object that reads frames: compare(frames, true, shown=None) ->
@@ -327,10 +335,12 @@ class CheckedEnv:
         with users_code(self.spec.name):
             frame, events, terminal = self.env.step(action)
             events = self.checked("events", events, None)
-            if self.spec.returns:
-                events = events.astype(np.float32)
-            else:
-                events = np.clip(events, 0, 255).astype(np.uint8)
+            if not np.isfinite(events).all():
+                raise UserError(f"events {events} of {self.spec.name}", "finite numbers",
+                                "correct its step")
+            if not self.spec.returns:
+                events = np.clip(events, 0, 255)
+            events = events.astype(self.spec.event_type)
             return self.checked("a frame", frame, np.uint8), events, bool(terminal)
 
     def checked(self, what, x, dtype):
@@ -473,7 +483,7 @@ class Worlds:
     def __call__(self, actions):
         self.envs = self.envs or [make_env(self.name) for _ in self.seeds]
         spec = self.envs[0].spec
-        events = np.zeros((len(self.envs), len(spec.tasks)), "f4" if spec.returns else "u1")
+        events = np.zeros((len(self.envs), len(spec.tasks)), spec.event_type)
         if actions is None:
             self.reset()
         else:
@@ -535,8 +545,9 @@ def episode_path(folder, index):
     return Path(folder) / f"episode_{index:05d}.npy"
 
 
-def write_episode(folder, index, episode):
-    """Write an Episode. UserError: its fields differ in length."""
+def write_episode(folder, index, episode, event_type=np.uint8):
+    """Write an Episode; event_type: its EnvSpec's. UserError: its fields differ in
+    length."""
     columns = {**episode._asdict(), **(episode.probes or {})}
     del columns["probes"]
     if episode.labelled is None:
@@ -544,9 +555,8 @@ def write_episode(folder, index, episode):
     lengths = {name: len(x) for name, x in columns.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{lengths} rows", "as many of each", "pad or cut")
-    columns = {name: np.asarray(x, TYPES.get(name, "u1")) for name, x in columns.items()}
-    if np.asarray(episode.events).dtype.kind == "f":            # rewards
-        columns["events"] = np.asarray(episode.events, np.float32)
+    types = {**TYPES, "events": event_type}
+    columns = {name: np.asarray(x, types.get(name, "u1")) for name, x in columns.items()}
     columns = {name: x for name, x in columns.items() if x.size}  # npy knows no zero widths
     kinds = [(name, x.dtype, x.shape[1:]) for name, x in columns.items()]
     rows = np.empty(len(episode.frames), kinds)
@@ -571,7 +581,7 @@ def open_episode(path, spec):
         rows = np.load(path, mmap_mode="r")
         for name, shape in shapes.items():
             got = column(rows, name)
-            dtype = "f4" if name == "events" and spec.returns and shape[0] else TYPES[name]
+            dtype = spec.event_type if name == "events" and shape[0] else TYPES[name]
             if got.shape != (len(rows), *shape) or got.dtype != dtype:
                 raise ValueError(f"{name} {got.shape} {got.dtype}, not {shape}")
         return rows
@@ -632,9 +642,10 @@ def finish_dataset(folder, spec, settings):
         content.update(np.memmap(path, np.uint8, "r"))
         lengths.append(len(rows))
         crc.append(zlib.crc32(rows.view(np.uint8)))
-        if not spec.returns:
-            happened = np.argwhere(column(rows, "events")).tolist()
-            events += [[i, t, task] for t, task in happened]
+        happened = np.argwhere(column(rows, "events") > 0).tolist()
+        events += [[i, t, task] for t, task in happened]
+    if spec.returns and len(events) > RARE * sum(lengths):
+        events = []                                 # any window shows what is rewarded
     write_about(folder, spec, settings, complete=True, found={
         "lengths": lengths, "events": events, "crc": crc, "content": content.hexdigest()})
 
@@ -656,7 +667,7 @@ class Dataset:
 
     spec, lengths (n,), skills (n names), settings, fingerprint (sha256 of the episodes),
     frames_total, offsets (n + 1,): first frame of each episode in their concatenation,
-    events (E, 3): episode, row and task of each event.
+    events (E, 3): episode, row and task of each event, or rare reward above 0.
     """
 
     def __init__(self, path):
@@ -769,7 +780,7 @@ class Dataset:
 def play_episode(env, seed, index, length, skill):
     """Play at most `length` frames of the world seed + index -> Episode."""
     rng, probe = rng_for(seed, "player", index), getattr(env, "probe", dict)
-    no_event = np.zeros(len(env.spec.tasks), np.float32 if env.spec.returns else bool)
+    no_event = np.zeros(len(env.spec.tasks), env.spec.event_type)
     rows = [(env.reset(seed + index), env.spec.actions.zeros(), no_event, True, probe())]
     player = env.player(rng, skill) if hasattr(env, "player") else None
     continues = True
@@ -779,7 +790,8 @@ def play_episode(env, seed, index, length, skill):
         frame, events, terminal = env.step(action)
         continues = not terminal
         events = events if env.spec.returns else events > 0
-        rows.append((frame, action, events, continues, probe()))
+        goes_on = continues or getattr(env, "cut", False)       # cut off is no end
+        rows.append((frame, action, events, goes_on, probe()))
     *columns, probes = zip(*rows, strict=True)
     probes = {name: np.stack([probe[name] for probe in probes]) for name in probes[0]}
     return Episode(*map(np.stack, columns), probes=probes)
@@ -810,8 +822,9 @@ def check_world(name, dataset):
 
 def record_one(out, name, index, seed, length, skill):
     """Record an episode -> its length."""
-    episode = play_episode(make_env(name), seed, index, length, skill)
-    write_episode(out, index, episode)
+    env = make_env(name)
+    episode = play_episode(env, seed, index, length, skill)
+    write_episode(out, index, episode, env.spec.event_type)
     return len(episode.frames)
 
 
@@ -915,6 +928,10 @@ def describe(dataset):
     for task in dict.fromkeys((*dataset.spec.achievements, *tasks)):
         name = f"**{task}**" if task in dataset.spec.achievements else task
         done[name] = dataset.events[dataset.events[:, 2] == tasks.index(task), 0]
+    if dataset.spec.returns:
+        done = {"died": done["died"]}
+        sums = np.array([dataset.rows(i)["events"].sum() for i in groups["all"]])
+        table["mean return"] = [f"{sums[group].mean():.4g}" for group in groups.values()]
     for name, episodes in done.items():
         shares = [np.isin(group, episodes).mean() for group in groups.values()]
         table[name] = [f"{100 * share:.0f} %" for share in shares]

@@ -578,7 +578,7 @@ def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0)
 
 
 def achievements_of(spec):
-    """The tasks that are counted, by number; rewards are summed."""
+    """The tasks that are counted, by number; none where rewards are summed."""
     if spec.returns:
         return []
     return [spec.tasks.index(task) for task in spec.achievements or spec.tasks]
@@ -654,6 +654,9 @@ def evaluate_agents(folder, device, dtype, episodes, length, agents=tuple(AGENTS
     if bad := set(agents) - set(AGENTS):
         raise UserError(f"Got agents {sorted(bad)}, need some of {', '.join(AGENTS)}.")
     folder, env, plays = Path(folder), data_config(folder)["env"], []
+    if hasattr(make_env(env), "recordings"):
+        print(f"Nobody can play {env}: no agent is judged.")
+        return []
     seeds = range(TEST_SEED, TEST_SEED + episodes)
     there = {agent for agent, stage in AGENTS.items() if (folder / f"{stage}.pt").exists()}
     there |= {"random", "player"} if hasattr(make_env(env), "player") else {"random"}
@@ -1036,6 +1039,9 @@ class Session:
             skill = next(iter(getattr(self.env, "skills", ())), "-")
             length = PLAYED if start == "held_out" else 1
             episode = play_episode(self.env, seed, 0, length, skill)
+            if not episode.continues[-1]:           # too short a life: begin in its middle
+                length = max(1, len(episode.frames) // 2)
+                episode = play_episode(self.env, seed, 0, length, skill)
             played = [Row(*row) for row in zip(*episode[:4], strict=True)]
         for row in played:
             self.order.advance(np.stack([row.events] * 2))
@@ -1129,8 +1135,8 @@ class Session:
                 logits = self.policy(w)[1]
                 sampled = sample_action(self.spec.actions, logits, self.generator)
                 chosen[w] = sampled[0].cpu().numpy()
-        kind = np.float32 if self.spec.returns else bool
-        events, frame = np.zeros((2, len(self.spec.tasks)), kind), self.now[-1]
+        frame = self.now[-1]
+        events = np.zeros((2, len(self.spec.tasks)), self.spec.event_type)
         actions, self.t = self.tensor(chosen)[:, None], self.t + 1
         labelled = torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device)
         z = self.dream.imagine(actions[:1], labelled[:1])
@@ -1210,7 +1216,8 @@ class Session:
         for world in self.worlds:
             folder = self.folder / world
             n = len(list(folder.glob("episode_*.npy")))
-            write_episode(folder, n, Episode(*zip(*self.rows[world], strict=True)))
+            episode = Episode(*zip(*self.rows[world], strict=True))
+            write_episode(folder, n, episode, self.spec.event_type)
             finish_dataset(folder, self.spec, {})
         path = self.folder / f"session_{len(list(self.folder.glob('*.gif'))):05d}.gif"
         write_film(path, np.stack(self.film))

@@ -191,8 +191,9 @@ def parse(argv=None):
                            for f in dataclasses.fields(config)}
         config(**configs[prefix])           # a bad value is one line, before anything runs
     env = name_world(configs["data"])
-    world = re.split("[:/]", env)
-    args.run = args.run or (world[-1] if world[0] == "gym" else world[0])
+    world = [word for word in re.split("[:/]", env) if word]
+    last = world[0] in ("gym", "episodes")
+    args.run = args.run or world[-1 if last else 0]
     args.run = args.run.removeprefix("runs/")
     check_flags(args, configs)
     return args, configs
@@ -710,6 +711,12 @@ class Recordings:
             rows = [self.data.rows(i)[probe] for i in range(episodes)]
             self.labelled &= np.concatenate(rows) > 0
 
+    @property
+    def rare(self):
+        """Whether windows have to be chosen for what happens in them: where rewards are
+        given all along any window does."""
+        return len(self.data.events) > 0 or not self.spec.returns
+
     def any_labelled(self):
         """Whether there is an action to imitate."""
         for i in self.data.episodes("train"):
@@ -731,8 +738,7 @@ class Recordings:
         task of the prompt order. ahead: as in data.Windows. labelled: of episodes with
         known actions alone."""
         first = self.labelled_episodes if labelled else None
-        # where rewards are given all along, any window does
-        windows = Windows(length, not self.spec.returns, ahead=ahead, first=first)
+        windows = Windows(length, self.rare, ahead=ahead, first=first)
         ordered = round(prompt_order * n)
         tasks = tuple(self.spec.tasks.index(task) for task, _ in self.spec.prompt_order)
         return [(n - ordered, windows), (ordered, windows._replace(tasks=tasks))]
@@ -787,7 +793,7 @@ def rollout_check(job, run, n=16, context=16, horizon=4):
 def imitation_check(job, recordings, dynamics, agent, n=32, length=16):
     """Nats of the next action on validation clips of tasks being done; above bc_next_action
     where the policy learns its episodes by heart. {}: there are none."""
-    windows = Windows(length, not recordings.spec.returns, split="valid")
+    windows = Windows(length, recordings.rare, split="valid")
     there = job.dataset.windows_with_event(windows)[0] if windows.relevant else (
         job.dataset.long_enough(windows))
     if not len(there):
@@ -1081,6 +1087,10 @@ def check_plan(job, stages):
     if not recordings.any_labelled():
         raise UserError(f"Got {path} without labelled frames, need actions for the policy: "
                         f"add some (--data.labels), {alone}")
+    rows = map(data.rows, data.episodes("train"))
+    if data.spec.returns and not any(episode["events"].any() for episode in rows):
+        raise UserError(f"Got no reward at all in {path}, need some to learn from: record "
+                        f"more play, {alone}")
     kinds, ordered = [], float(cfg.imagined_tasks == "prompt_order")
     if "agent" in stages:
         kinds += recordings.with_event(2, train.length, cfg.prompt_order, labelled=True)

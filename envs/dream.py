@@ -18,21 +18,9 @@ from dynamics import Batch, Dream
 from tokenizer import Cache
 
 
-def action_space(spec):
-    """ActionSpec -> Discrete, MultiDiscrete, Box, or a Tuple of the last two."""
-    classes = spaces.MultiDiscrete(spec.classes) if spec.classes else None
-    numbers = spaces.Box(-1, 1, (spec.numbers,), np.float32) if spec.numbers else None
-    if len(spec.classes) == 1 and not spec.numbers:
-        return spaces.Discrete(spec.classes[0])
-    if classes and numbers:
-        return spaces.Tuple((classes, numbers))
-    return classes or numbers
-
-
 class DreamVector(gymnasium.vector.VectorEnv):
     """N dreams. A row that has ended begins anew at the step after it (NEXT_STEP)."""
-    metadata = {"render_modes": ["rgb_array"],
-                "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, run, dataset, num_envs=1, task=None, observation="frame", length=100,
                  k=None, step_label=None, device="auto", dtype="auto"):
@@ -50,11 +38,14 @@ class DreamVector(gymnasium.vector.VectorEnv):
             raise UserError(f"Got task {task!r}, observation {observation!r}, need one of "
                             f"{spec.tasks} and 'frame' or 'h'.")
         self.num_envs, self.length, self.observation = num_envs, length, observation
+        self.draws = observation == "frame"         # decode the frames
         self.task = torch.full((num_envs, 1), spec.tasks.index(task), device=self.device)
         frame = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
         h = spaces.Box(-np.inf, np.inf, (self.run.dynamics.cfg.dim,), np.float32)
         self.single_observation_space = frame if observation == "frame" else h
-        self.single_action_space = action_space(spec.actions)
+        sizes = spec.actions.classes        # an agent has no other actions
+        self.single_action_space = (spaces.Discrete(sizes[0]) if len(sizes) == 1 else
+                                    spaces.MultiDiscrete(sizes))
         batch = gymnasium.vector.utils.batch_space
         self.observation_space = batch(self.single_observation_space, num_envs)
         self.action_space = batch(self.single_action_space, num_envs)
@@ -92,20 +83,16 @@ class DreamVector(gymnasium.vector.VectorEnv):
         self.steps, self.over = np.zeros(self.num_envs, int), np.zeros(self.num_envs, bool)
         return self.seen(), {}
 
-    def rows_of(self, actions):
-        """Actions of the space -> (N, 1, A)."""
-        parts = actions if isinstance(actions, tuple) else (actions,)
-        parts = [np.asarray(x, np.float32).reshape(self.num_envs, -1) for x in parts]
-        return torch.from_numpy(np.concatenate(parts, 1))[:, None].to(self.device)
-
     @torch.no_grad()
     def step(self, actions):
         agent, ended = self.run.agent, np.flatnonzero(self.over)
+        rows = np.asarray(actions, np.float32).reshape(self.num_envs, 1, -1)
+        rows = torch.from_numpy(rows).to(self.device)
         with autocast(self.device, self.dtype):
-            z, self.h = self.dream.step(self.rows_of(actions), agent.prompt(self.task))
+            z, self.h = self.dream.step(rows, agent.prompt(self.task))
             rewards = agent.rewards(self.h[:, 0], self.task[:, 0]).float().cpu().numpy()
             ends = (agent.continue_prob(self.h[:, 0]) < 0.5).cpu().numpy()
-            if self.observation == "frame":
+            if self.draws:
                 self.frames = self.run.tokenizer.decode(z, self.view)[:, 0]
             else:
                 self.view.advance()
@@ -128,6 +115,7 @@ class DreamEnv(gymnasium.Env):
 
     def __init__(self, run, dataset, render_mode=None, **settings):
         self.rows, self.render_mode = DreamVector(run, dataset, 1, **settings), render_mode
+        self.rows.draws |= render_mode is not None
         self.observation_space = self.rows.single_observation_space
         self.action_space = self.rows.single_action_space
 
@@ -137,8 +125,7 @@ class DreamEnv(gymnasium.Env):
         return self.rows.reset(seed=seed)[0][0], {}
 
     def step(self, action):
-        action = tuple(x[None] for x in action) if isinstance(action, tuple) else [action]
-        seen, rewards, ends, truncated, _ = self.rows.step(action)
+        seen, rewards, ends, truncated, _ = self.rows.step([action])
         return seen[0], float(rewards[0]), bool(ends[0]), bool(truncated[0]), {}
 
     def render(self):

@@ -5,9 +5,13 @@ An episode is NAME.npz as Dreamer's replay buffers and Crafter's recorder write 
     action     (T,) or (T, A) whole numbers, (T, A) one-hot, or (T, A) numbers in [-1, 1];
                action[t] led to image[t] (--lead: it was taken at image[t])
     is_first   optional (T,): where a new episode begins in a stream
-    done, is_terminal          optional (T,): where one ends for good
+    is_terminal, discount      optional (T,): where one ends for good (discount 0)
+    is_last, done              optional (T,): where one ends; for good, if neither of the
+                               two before is there
     achievement_NAME, events   optional (T,), (T, N): tasks, that happen or are counted
     reward     optional (T,): without tasks it is the one, "return"
+With --lead rewards, tasks and ends came of action[t] too, but where there is is_first or
+is_terminal: DreamerV3 keeps them beside the frame that they came with.
 A file that isn't so is left out, with the reason. first_rows.png shows the first frames and
 their actions: do they belong together? One episode in ten, or the last one, goes to
 DIR_reference, which judges what was learned. Then: `train.py --data.env episodes:DIR`.
@@ -15,6 +19,7 @@ DIR_reference, which judges what was learned. Then: `train.py --data.env episode
 import argparse
 import collections
 import itertools
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,43 +35,92 @@ from data import (ActionSpec, Dataset, EnvSpec, Episode, UserError, episode_path
                   finish_dataset, write_episode)
 
 KINDS = ("discrete", "continuous", "onehot")
-BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError,
-          zipfile.BadZipFile, zlib.error, MemoryError)
+FLAGS = ("is_first", "is_terminal", "is_last", "done", "discount")
+BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError,
+          tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 MOST_CLASSES = 4096     # of a column; more are no classes
 
 
-def read_columns(path, frames=True):
+def read_columns(path, frames=True, size=None):
     """NAME.npz -> {column: array}, all as long, checked. ValueError says what is wrong."""
     with np.load(path, allow_pickle=False) as file:
-        names = [name for name in file.files if frames or name != "image"]
-        found = {name: file[name] for name in names}
+        known = [name for name in file.files if name.startswith("achievement_")
+                 or name in ("action", "reward", "events", *FLAGS)]
+        columns = {name: file[name] for name in known}
         pictures = "image" in file.files
+        if pictures and frames:
+            columns["image"] = file["image"]
     film = path.with_suffix(".mp4")
     if not pictures and not film.exists():
         raise ValueError(f"no image in it, and no {film.name}")
     if not pictures and frames:
-        found["image"] = np.stack(list(imageio.imiter(film)))
-    if "action" not in found:
+        columns["image"] = np.stack([resized(x, size) for x in imageio.imiter(film)])
+    if "action" not in columns:
         raise ValueError("no action in it")
-    columns = {name: x for name, x in found.items() if is_column(name)}
     lengths = {name: x.shape[0] if x.ndim else 0 for name, x in columns.items()}
     if len(set(lengths.values())) > 1 or min(lengths.values()) < 2:
         raise ValueError(f"rows {lengths}, need as many of each and at least 2")
     for name, x in columns.items():
-        shape = {"image": 4, "action": (1, 2), "events": 2}.get(name, 1)
-        if x.dtype.kind not in "biuf" or x.ndim not in np.atleast_1d(shape) or not x.size:
+        axes = {"image": (4,), "action": (1, 2), "events": (2,)}.get(name, (1,))
+        if x.dtype.kind not in "biuf" or x.ndim not in axes or not x.size:
             raise ValueError(f"{name} {x.dtype}{x.shape}")
-        if x.dtype.kind == "f" and not np.isfinite(x).all():
+        # before the first frame there is no action, whatever stands there
+        if x.dtype.kind == "f" and name != "action" and not np.isfinite(x).all():
             raise ValueError(f"{name} is not finite")
-    if frames and (columns["image"].dtype != np.uint8 or columns["image"].shape[3] != 3):
-        raise ValueError(f"image {columns['image'].dtype}{columns['image'].shape}, need "
-                         "uint8 (T, H, W, 3)")
+    if frames:
+        image = columns["image"]
+        if image.dtype != np.uint8 or image.shape[3] != 3:
+            raise ValueError(f"image {image.dtype}{image.shape}, need uint8 (T, H, W, 3)")
+        columns["image"] = np.stack([resized(x, size) for x in image])
     return columns
 
 
-def is_column(name):
-    known = ("image", "action", "reward", "done", "is_terminal", "is_first", "events")
-    return name in known or name.startswith("achievement_")
+def resized(frame, size):
+    """uint8 (H, W, 3), resized by area."""
+    if size is None or frame.shape[:2] == size:
+        return frame
+    return np.array(Image.fromarray(frame).resize(size[::-1], Image.BOX))
+
+
+def ends_of(columns):
+    """(T,) bool: where an episode ends for good, and where one ends or is cut off."""
+    T = len(columns["action"])
+    flags = {name: columns[name].astype(bool) for name in FLAGS if name in columns}
+    flags["discount"] = ~flags["discount"] if "discount" in flags else np.zeros(T, bool)
+    none = np.zeros(T, bool)
+    good = flags.get("is_terminal", none) | flags["discount"]
+    cut = flags.get("done", none) | flags.get("is_last", none)
+    if "is_terminal" not in columns and "discount" not in columns:
+        good = cut
+    return good, good | cut
+
+
+def segments(columns):
+    """Slices of a file's rows, an episode each. A row alone is none."""
+    T = len(columns["action"])
+    first = np.array(columns.get("is_first", np.zeros(T)), bool)
+    first[1:] |= ends_of(columns)[1][:-1]
+    first[0] = True
+    bounds = [*np.flatnonzero(first), T]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b - a > 1]
+
+
+def acted(columns, lead):
+    """(T,) bool: rows whose action led to a frame. The first of an episode has none: zeros,
+    or anything, stand there; with --lead the last one's led to a frame if it ended it."""
+    found, cuts = np.zeros(len(columns["action"]), bool), ends_of(columns)[1]
+    for part in segments(columns):
+        found[part] = True
+        if lead:
+            found[part.stop - 1] = results_lead(columns) and cuts[part.stop - 1]
+        else:
+            found[part.start] = False
+    return found
+
+
+def results_lead(columns):
+    """Whether with --lead rewards and ends stand beside the action that they came of."""
+    return "is_first" not in columns and "is_terminal" not in columns
 
 
 def kind_of(action):
@@ -80,11 +134,13 @@ def kind_of(action):
 
 def action_columns(action, kind):
     """-> (T, A) whole numbers from 0, or numbers in [-1, 1]. ValueError."""
+    if not np.isfinite(action).all():
+        raise ValueError("action is not finite")
     if kind == "onehot":
-        if action.ndim != 2 or not (np.sort(action, 1)[:, -1] == action.sum(1)).all():
+        if action.ndim != 2 or not (action.max(1) == 1).all() or (action.sum(1) != 1).any():
             raise ValueError(f"action {action.shape}, not one-hot")
         return action.argmax(1)[:, None]
-    action = action.reshape(len(action), -1)
+    action = action.reshape(len(action), -1).astype(float)
     if kind == "continuous" and np.abs(action).max() > 1:
         raise ValueError(f"action up to {np.abs(action).max():g}, need numbers in [-1, 1]: "
                          "scale them")
@@ -119,88 +175,72 @@ def task_values(columns):
     return {name: x.astype(np.float32) for name, x in found.items()}
 
 
-def segments(columns):
-    """Slices of a file's rows, an episode each: a new one begins at is_first, and behind an
-    end. A row alone is none."""
-    T = len(columns["action"])
-    first = np.array(columns.get("is_first", np.zeros(T)), bool)
-    first[1:] |= ends_of(columns)[:-1]
-    first[0] = True
-    bounds = [*np.flatnonzero(first), T]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b - a > 1]
-
-
-def ends_of(columns):
-    ends = np.zeros(len(columns["action"]), bool)
-    for name in ("done", "is_terminal"):
-        if name in columns:
-            ends |= columns[name].astype(bool)
-    return ends
-
-
-def look_through(paths, kind):
+def look_through(paths, kind, lead):
     """A first look at all files -> those that are right, Survey. kind: of --actions."""
-    columns, reasons = {}, {}
+    actions, columns, reasons = {}, {}, {}
     for path in tqdm(paths, "reading"):
         try:
             columns[path] = read_columns(path, frames=False)
+            actions[path] = columns[path]["action"][acted(columns[path], lead)]
+            if not len(actions[path]):
+                raise ValueError("no episode of two frames in it")
         except BROKEN as error:
             reasons[path] = error
-    kinds = collections.Counter(kind_of(found["action"]) for found in columns.values())
-    if kinds:                   # what most of them are: an episode of zeros may be anything
-        kind = kind or kinds.most_common(1)[0][0]
+    # what most of them are: an episode of zeros may be anything
+    kinds = collections.Counter(kind_of(action) for path, action in actions.items()
+                                if path not in reasons)
+    kind = kind or (kinds.most_common(1)[0][0] if kinds else "discrete")
+    signatures = {path: (found["action"].shape[1:], tuple(task_values(found)))
+                  for path, found in columns.items() if path not in reasons}
+    usual = collections.Counter(signatures.values()).most_common(1)
 
-    right, reference, classes, falling = [], None, 2, set()
-    for path, found in columns.items():
+    right, classes, falling = [], 2, set()
+    for path, signature in signatures.items():
         try:
-            action = action_columns(found["action"], kind)
-            values = task_values(found)
-            signature = found["action"].shape[1:], tuple(values)
-            if signature != (reference or signature):
-                raise ValueError(f"actions and tasks {signature}, need {reference} as in "
-                                 f"{right[0]}")
+            if signature != usual[0][0]:
+                raise ValueError(f"actions and tasks {signature}, most have {usual[0][0]}")
+            most = action_columns(actions[path], kind).max(0).astype(int)
         except ValueError as error:
             reasons[path] = error
             continue
         right.append(path)
-        reference, classes = signature, np.maximum(classes, action.max(0) + 1)
-        for part in segments(found):
+        classes = np.maximum(classes, most + 1)
+        values = task_values(columns[path])
+        for part in segments(columns[path]):
             falling |= {name for name, x in values.items() if (np.diff(x[part]) < 0).any()}
     for path, reason in reasons.items():
         print(f"left out: {path} ({reason or type(reason).__name__})")
     if not right:
         raise UserError("no episode that is right", "one at least", "see the reasons above,"
                         " and --help for what a file must hold")
-    if kind == "onehot":
-        classes = np.array(reference[0])
-    tasks = reference[1]
-    return right, Survey(kind, np.size(classes), tasks, tuple(int(n) for n in classes),
+    width, tasks = usual[0][0]
+    classes = width if kind == "onehot" else tuple(int(n) for n in classes)
+    return right, Survey(kind, len(classes), tasks, classes,
                          set(tasks) - falling - {"return"})
 
 
 def episodes_of(columns, survey, lead):
     """A file's Episodes."""
-    actions = action_columns(columns["action"], survey.kind).astype(np.float32)
-    values, ends = task_values(columns), ends_of(columns)
+    values, (ends, cuts) = task_values(columns), ends_of(columns)
+    counts = acted(columns, lead)
+    actions = np.zeros((len(counts), survey.width), np.float32)
+    actions[counts] = action_columns(columns["action"][counts], survey.kind)
     for part in segments(columns):
-        acted, ended = actions[part].copy(), ends[part].copy()
-        happened = np.zeros((len(acted), len(survey.tasks)), np.float32)
+        rows = np.arange(part.start, part.stop)
+        led_to = results = rows     # whose action led to a row's frame, whose rewards came
+        if lead:
+            if results_lead(columns) and cuts[rows[-1]]:
+                rows = np.append(rows, rows[-1])    # the frame that it led to wasn't kept
+            led_to = np.concatenate([rows[:1], rows[:-1]])
+            results = led_to if results_lead(columns) else rows
+        events = np.zeros((len(rows), len(survey.tasks)), np.float32)
         for i, task in enumerate(survey.tasks):
-            x = values[task][part]
-            happened[:, i] = np.diff(x, prepend=x[:1]) if task in survey.counted else x
-        if lead:                # what was done at a frame led to the next one
-            for x in (acted, happened, ended):
-                x[1:] = x[:-1].copy()
-        acted[0], happened[0] = 0, 0
-        ended[:-1] = False
-        events = happened if survey.returns else happened > 0
-        yield Episode(columns["image"][part], acted, events, ~ended)
-
-
-def resized(frames, size):
-    if size is None or frames.shape[1:3] == size:
-        return frames
-    return np.stack([Image.fromarray(x).resize(size[::-1], Image.BOX) for x in frames])
+            x = values[task][results]
+            events[:, i] = np.diff(x, prepend=x[:1]) if task in survey.counted else x
+        action, ended = actions[led_to], ends[results]
+        action[0], events[0], ended[:-1] = 0, 0, False
+        yield Episode(columns["image"][rows], action,
+                      events if survey.returns else events > 0, ~ended)
 
 
 def picture_first_rows(path, episode, n=5):
@@ -221,8 +261,7 @@ def right_episodes(paths, survey, size, lead):
     out."""
     for path in tqdm(paths, "writing"):
         try:
-            columns = read_columns(path)
-            columns["image"] = resized(columns["image"], size)
+            columns = read_columns(path, size=size)
             size = size or columns["image"].shape[1:3]
             if columns["image"].shape[1:3] != size:
                 raise ValueError(f"frames {columns['image'].shape[1:3]}, the ones before "
@@ -233,7 +272,7 @@ def right_episodes(paths, survey, size, lead):
         yield from episodes_of(columns, survey, lead)
 
 
-def write_apart(episodes, folders):
+def write_apart(episodes, folders, returns):
     """One episode in ten, or the last of fewer, goes to the second folder -> how many are
     in each."""
     counts = [0, 0]
@@ -242,9 +281,10 @@ def write_apart(episodes, folders):
             folders[0].mkdir(parents=True, exist_ok=True)
             picture_first_rows(folders[0] / "first_rows.png", episode)
         held_out = sum(counts) % 10 == 9
-        write_episode(folders[held_out], counts[held_out], episode)
+        kind = np.float32 if returns else np.uint8
+        write_episode(folders[held_out], counts[held_out], episode, kind)
         counts[held_out] += 1
-    if 1 < counts[0] < 10:
+    if counts[0] > 1 and not counts[1]:
         folders[1].mkdir(exist_ok=True)
         last = episode_path(folders[0], counts[0] - 1)
         last.rename(episode_path(folders[1], 0))
@@ -252,18 +292,24 @@ def write_apart(episodes, folders):
     return counts
 
 
+def reference_of(folder):
+    return Path(f"{Path(folder)}_reference")
+
+
 def import_episodes(src, out, size=None, kind=None, lead=False):
     """All NAME.npz of src -> datasets in the folders out and out_reference. UserError:
     there is none that is right, or they hold something."""
-    paths, folders = sorted(Path(src).glob("**/*.npz")), (Path(out), Path(f"{out}_reference"))
+    paths = sorted(Path(src).glob("**/*.npz"))
+    folders = Path(out), reference_of(out)
     if not paths:
         raise UserError(f"no .npz in {src}", "an episode a file", "correct --src")
     for folder in folders:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}, which is not empty", "a new folder", "name another "
                             "--out")
-    paths, survey = look_through(paths, kind)
-    counts = write_apart(right_episodes(paths, survey, size, lead), folders)
+    paths, survey = look_through(paths, kind, lead)
+    episodes = right_episodes(paths, survey, size, lead)
+    counts = write_apart(episodes, folders, survey.returns)
     if not any(counts):
         raise UserError("no episode of two frames", "one at least", "see the reasons above")
 
@@ -280,6 +326,8 @@ def import_episodes(src, out, size=None, kind=None, lead=False):
         if count:
             finish_dataset(folder, spec, {})
             print(f"{folder}: {count} episodes")
+    if sum(counts) < 3:
+        print("Too few to train on, need 3: to train, to hold out, to judge.")
     print(f"Frames {height}x{width}, {survey.kind} actions {actions}, tasks "
           f"{list(survey.tasks) or 'none'}. Look at {folders[0] / 'first_rows.png'}: does "
           "each action lead to the frame below it?")
@@ -290,7 +338,7 @@ class Recorded:
 
     def __init__(self, folder):
         self.spec = Dataset(folder).spec
-        self.recordings = folder, f"{folder}_reference"
+        self.recordings = folder, str(reference_of(folder))
 
     def reset(self, seed):
         raise UserError(f"recordings {self.recordings[0]}", "a world to play", "play in "

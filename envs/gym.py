@@ -1,4 +1,4 @@
-"""Any registered gymnasium world as make_env describes one: `--data.env gym:CartPole-v1`.
+"""Any registered gymnasium world as make_env describes one: `--data.env gym:Pendulum-v1`.
 
 gym:MODULE:ID imports MODULE first, which registers the world. Behind the ID settings may
 follow, which train.py fills in from --data.size, --data.frameskip and --data.bins:
@@ -6,7 +6,7 @@ follow, which train.py fills in from --data.size, --data.frameskip and --data.bi
 Frames are observations that are pictures, else what render() returns ("rgb_array").
 Discrete, MultiBinary, MultiDiscrete and Box actions, alone or in a Tuple or Dict, become
 columns of classes; a number of a Box is cut into `bins` classes, with bins=0 it stays one
-(for the world model alone). The reward is the one task, "return". The world's own limit of
+(for the world model alone). The reward is the one task, "return". gymnasium's limit of
 steps is lifted: --data.length and --data.eval_length are the limits here.
 """
 import importlib
@@ -38,11 +38,11 @@ def parse(argument):
     try:
         size = tuple(map(int, settings["size"].split("x"))) if settings["size"] else None
         frameskip, bins = int(settings["frameskip"]), int(settings["bins"])
-        if (size and (len(size) != 2 or min(size) < 1)) or frameskip < 1 or bins < 0:
+        if (size and (len(size) != 2 or min(size) < 1)) or frameskip < 1 or bins in (-1, 1):
             raise ValueError
     except ValueError:
         raise UserError(f"gym:{argument}", "size=HEIGHTxWIDTH, frameskip=1 or more, bins=0 "
-                        "or more", "correct it") from None
+                        "or 2 or more", "correct it") from None
     module, _, name = name.rpartition(":")
     if module:
         importlib.import_module(module)
@@ -59,7 +59,7 @@ def make(argument):
     except gymnasium.error.Error as error:
         raise UserError(f"gym:{argument} ({error})", "a world that is there", "correct its "
                         "name, gym:MODULE:ID, or 'pip install' what it asks for") from None
-    return Gym(env, name, size, frameskip, bins)
+    return Gym(env, argument, size, frameskip, bins)
 
 
 def leaves(space):
@@ -86,6 +86,17 @@ def columns_of(space, bins):
                     "Box, or a Tuple or Dict of these", "wrap the world")
 
 
+def idle_of(space, bins):
+    """Classes that mean "do nothing": those nearest to 0 of a Box's numbers."""
+    if not isinstance(space, spaces.Box):
+        return [0] * len(columns_of(space, bins)[0])
+    if not bins:
+        return []
+    low, high = (x.astype(float).flatten() for x in (space.low, space.high))
+    share = -low / np.maximum(high - low, 1e-9)
+    return [int(i) for i in np.rint(np.clip(share, 0, 1) * (bins - 1))]
+
+
 class Gym:
     """A gymnasium world as data.make_env describes one."""
 
@@ -98,8 +109,9 @@ class Gym:
             height, width = self.frame(env.reset(seed=0)[0]).shape[:2]
             share = min(1.0, LARGEST / max(height, width))
             self.size = max(1, round(height * share)), max(1, round(width * share))
+        idle = [i for space in leaves(env.action_space) for i in idle_of(space, bins)]
         self.spec = EnvSpec(name, *self.size, actions, ("return",), (("return", 0),),
-                            returns=True)
+                            returns=True, idle=tuple(idle))
 
     def frame(self, observation):
         """uint8 (H, W, 3): the observation if it is a picture, else what is rendered;
@@ -107,8 +119,8 @@ class Gym:
         def is_picture(x):
             return x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3
 
-        picture = np.asarray(observation)
-        if not is_picture(picture):
+        picture = observation
+        if not isinstance(picture, np.ndarray) or not is_picture(picture):
             picture = np.asarray(self.env.render())
         if not is_picture(picture):
             raise UserError(f"a frame {picture.dtype}{picture.shape} of {self.env.spec.id}",
@@ -136,9 +148,12 @@ class Gym:
                     share = [(next(numbers) + 1) / 2 for _ in space.low.flat]
                 share = np.reshape(share, space.shape)
                 x = space.low + share * (space.high.astype(float) - space.low)
+                if np.issubdtype(space.dtype, np.integer):
+                    x = np.rint(x)
                 return x.astype(space.dtype)
             x = np.array([next(classes) for _ in range(int(np.prod(space.shape)))])
-            return x.reshape(space.shape).astype(space.dtype)
+            x = x.reshape(space.shape) + getattr(space, "start", 0)
+            return x.astype(space.dtype)
 
         return build(self.env.action_space)
 
@@ -150,6 +165,7 @@ class Gym:
         for _ in range(self.frameskip):
             observation, reward, terminated, truncated, _ = self.env.step(action)
             total, terminal = total + float(reward), terminated or truncated
+            self.cut = truncated and not terminated
             if terminal:
                 break
         return self.frame(observation), np.array([total], np.float32), terminal

@@ -7,7 +7,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from data import Dataset, UserError, make_env
+from data import Dataset, Episode, UserError, make_env
 from envs import episodes
 
 T = 6
@@ -43,17 +43,31 @@ def test_rows_stand_where_they_were(tmp_path):
 
 
 def test_lead_moves_actions_to_the_frame_that_they_led_to(tmp_path):
-    """Fails if --lead shifts the other way, or leaves rewards and ends behind."""
+    """Fails if --lead shifts the other way, or loses the end and its reward."""
     save(tmp_path / "src", reward=np.arange(T) + 1.0, done=np.arange(T) == 3)
+    rows = imported(tmp_path, lead=True).rows(0)        # its last frame wasn't recorded
+    assert rows["frames"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 3]
+    assert rows["actions"][:, 0].tolist() == [0, 0, 1, 2, 3]
+    assert rows["events"][:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert rows["continues"].tolist() == [1, 1, 1, 1, 0]
+
+
+def test_rewards_of_a_replay_buffer_stand_beside_their_frame(tmp_path):
+    """Fails if --lead moves what is_first and is_terminal say is in place."""
+    save(tmp_path / "src", reward=np.arange(T) + 1.0, is_first=np.arange(T) == 0,
+         is_terminal=np.arange(T) == T - 1)
     rows = imported(tmp_path, lead=True).rows(0)
-    assert rows["actions"][:, 0].tolist() == [0, 0, 1, 2]       # cut where it ends
-    assert rows["events"][:, 0].tolist() == [0, 1, 2, 3]
+    assert rows["actions"][:, 0].tolist() == [0, 0, 1, 2, 3, 4]
+    assert rows["events"][:, 0].tolist() == [0, 2, 3, 4, 5, 6]
+    assert rows["continues"].tolist() == [1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("action, kind, classes, numbers, row", [
     (np.arange(T) % 3, "discrete", (3,), 0, [2]),
     (np.stack([np.arange(T) % 3, np.arange(T) % 2], 1), "discrete", (3, 2), 0, [2, 0]),
     (np.eye(4)[np.arange(T) % 3], "onehot", (4,), 0, [2]),
+    (np.eye(4)[np.arange(T) % 3] * (np.arange(T) > 0)[:, None], "onehot", (4,), 0, [2]),
+    (np.where(np.arange(T) > 0, np.arange(T) % 3, np.nan), "discrete", (3,), 0, [2]),
     (np.linspace(-1, 1, 2 * T).reshape(T, 2), "continuous", (), 2, [-3 / 11, -1 / 11]),
     (np.linspace(-1, 1, T), "continuous", (), 1, [-0.2])])
 def test_actions_are_found_out(tmp_path, capsys, action, kind, classes, numbers, row):
@@ -88,7 +102,7 @@ def test_frames_come_from_a_film_and_are_resized_by_area(tmp_path):
     assert np.abs(rows["frames"].astype(int).mean((1, 2, 3)) - np.arange(T) * 40).max() < 8
     half = np.zeros((1, 8, 12, 3), np.uint8)
     half[:, :, ::2] = 200
-    assert (episodes.resized(half, (8, 6)) == 100).all()
+    assert (episodes.resized(half[0], (8, 6)) == 100).all()
 
 
 BAD = {
@@ -111,6 +125,29 @@ def test_a_bad_file_is_left_out_with_the_reason(tmp_path, capsys, fault):
         save(tmp_path / "src", name)
     data = imported(tmp_path)
     assert len(data.lengths) == 2 and "bad.npz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n, want", [(1, (1, 0)), (2, (1, 1)), (9, (8, 1)), (10, (9, 1)),
+                                     (11, (10, 1)), (20, (18, 2))])
+def test_no_episode_is_lost_in_holding_some_out(tmp_path, n, want):
+    """Fails if one replaces another, or none is held out."""
+    film = (Episode(FRAMES + i, np.zeros((T, 1)), np.zeros((T, 0)), np.ones(T))
+            for i in range(n))
+    folders = tmp_path / "a", tmp_path / "b"
+    assert tuple(episodes.write_apart(film, folders, False)) == want
+    firsts = [np.load(path)["frames"][0, 0, 0, 0] for folder in folders
+              for path in folder.glob("*.npy")]
+    assert sorted(firsts) == list(range(n))
+
+
+def test_cut_off_is_no_end(tmp_path):
+    """Fails if a limit of steps teaches an end where is_terminal says there is none."""
+    last = np.arange(T) == 3
+    save(tmp_path / "src", is_last=last, is_terminal=np.zeros(T))
+    save(tmp_path / "src", "b", is_last=last, discount=1.0 - last)
+    data = imported(tmp_path)
+    assert data.lengths.tolist() == [4, 2, 4] and data.rows(0)["continues"].all()
+    assert data.rows(2)["continues"].tolist() == [1, 1, 1, 0]
 
 
 def test_recordings_are_a_world_that_nobody_plays(tmp_path):

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+import play
 import train
-from data import UserError, make_env, record
+from agent import load_run
+from data import Dataset, UserError, describe, make_env, record
+from test_all import train_here
 
 SPACES = {
     "Discrete": (spaces.Discrete(3, start=2), (3,), [2], 4),
     "MultiBinary": (spaces.MultiBinary(2), (2, 2), [0, 1], [0, 1]),
-    "MultiDiscrete": (spaces.MultiDiscrete([3, 4]), (3, 4), [2, 3], [2, 3]),
+    "MultiDiscrete": (spaces.MultiDiscrete([3, 4], start=[1, 0]), (3, 4), [2, 3], [3, 3]),
+    "Integers": (spaces.Box(0, 4, (1,), np.int64), (11,), [4], [2]),
     "Box": (spaces.Box(np.float32([-2, 0]), np.float32([2, 1])), (11, 11), [5, 10], [0, 1]),
     "Dict": (spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (1,))}), (2, 11),
              [1, 0], {"a": 1, "b": [0]})}
@@ -21,7 +25,8 @@ class Probe(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = spaces.Box(-1, 1, (2,))
 
-    def __init__(self, space="Discrete", render_mode=None):
+    def __init__(self, space="Discrete", render_mode=None, limited=False, rare=False):
+        self.limited, self.rare = limited, rare
         self.action_space, self.render_mode = SPACES[space][0], render_mode
         self.buffer = np.zeros((20, 30, 3), np.uint8)       # one for all frames
 
@@ -33,13 +38,17 @@ class Probe(gymnasium.Env):
     def step(self, action):
         self.got.append(action)
         self.steps += 1
-        return np.zeros(2, np.float32), self.steps / 10, self.steps == 9, False, {}
+        cut = self.steps == 7 and self.limited      # its own limit of steps
+        reward = float(self.steps == 9) if self.rare else self.steps / 10
+        return np.zeros(2, np.float32), reward, self.steps == 9, cut, {}
 
     def render(self):
         self.buffer[:] = 20 * self.steps
         return self.buffer
 
 
+gymnasium.register("ProbeLimited-v0", Probe, kwargs={"limited": True})
+gymnasium.register("ProbeRare-v0", Probe, kwargs={"rare": True})
 for space in SPACES:
     gymnasium.register(f"Probe{space}-v0", Probe, kwargs={"space": space},
                        max_episode_steps=3)
@@ -79,6 +88,60 @@ def test_frames_rewards_and_repeats(tmp_path):
     assert rows["frames"][:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 180]
     assert np.allclose(rows["events"][:, 0], [0, 0.3, 0.7, 1.1, 1.5, 0.9])
     assert rows["continues"].tolist() == [1, 1, 1, 1, 1, 0] and len(data.events) == 0
+
+
+def test_cut_off_is_no_end(tmp_path):
+    """Fails if a world's limit of steps teaches an end that no frame shows."""
+    data = record("gym:envs.test_gym:ProbeLimited-v0", tmp_path / "set", 1, 20, 0, 1)
+    assert data.lengths.tolist() == [8] and data.rows(0)["continues"].all()
+
+
+def test_rare_rewards_are_events_that_windows_are_drawn_for(tmp_path):
+    """Fails if a reward at the end alone is hardly ever shown."""
+    data = record("gym:envs.test_gym:ProbeRare-v0", tmp_path / "set", 2, 20, 0, 1)
+    assert data.events.tolist() == [[0, 9, 0], [1, 9, 0]]
+    assert "| mean return | 1 | 1 |" in describe(data).splitlines()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with runs/gym: all four stages on rewards, evaluation and report."""
+    folder = tmp_path_factory.mktemp("gym")
+    train_here(folder, "--data.env", "gym:envs.test_gym:ProbeDiscrete-v0,size=8x12",
+               "--run", "gym", "--data.length", 20, "--train.long_length", 9)
+    return folder
+
+
+def test_all_stages_learn_from_rewards(trained):
+    """Fails if a stage wants events, or agents are scored by something else."""
+    rows = play.read_results(trained / "runs/gym")
+    for agent in ("random", "BC", "imagination"):
+        row = play.find(rows, "return", {"agent": agent})
+        assert abs(row.value - 3.6) < 1e-5 and row.unit == "return"     # 0.1 to 0.8
+    assert play.find(rows, "return_gain", {"agent": "imagination", "than": "BC"}).value == 0
+    assert not any("achievements" in row.name for row in rows)
+    assert "return" in (trained / "runs/gym/report.md").read_text()
+
+
+def test_the_game_saves_rewards(trained, monkeypatch):
+    """Fails if the first row, without a reward, makes an episode of events."""
+    monkeypatch.chdir(trained)
+    run = load_run("runs/gym")
+    session = play.Session(run, make_env("gym:ProbeDiscrete-v0,size=8x12"), "runs/gym")
+    for start in ("fresh", "held_out"):
+        session.handle({"op": "reset", "start": start})
+        session.handle({"op": "save"})
+        assert not session.over
+    session.handle({"op": "step"})
+    session.handle({"op": "save"})
+    rows = Dataset("runs/gym/sessions/real").rows(2)
+    assert rows["events"].dtype == np.float32 and rows["events"][-1, 0] > 0.3
+
+
+def test_no_key_is_no_force():
+    """Fails if the game, where no key is pressed, sends the lowest number of a Box."""
+    assert make_env("gym:ProbeBox-v0").spec.idle == (5, 0)
+    assert make_env("gym:ProbeDict-v0").spec.idle == (0, 0)
 
 
 @pytest.mark.parametrize("name, said", [
