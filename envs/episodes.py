@@ -84,12 +84,12 @@ def resized(frame, size):
 
 def ends_of(columns):
     """(T,) bool: where an episode ends for good, and where one ends or is cut off."""
-    T = len(columns["action"])
-    flags = {name: columns[name].astype(bool) for name in FLAGS if name in columns}
-    flags["discount"] = ~flags["discount"] if "discount" in flags else np.zeros(T, bool)
-    none = np.zeros(T, bool)
-    good = flags.get("is_terminal", none) | flags["discount"]
-    cut = flags.get("done", none) | flags.get("is_last", none)
+    def flag(name):
+        return columns.get(name, np.zeros(len(columns["action"]))).astype(bool)
+
+    good, cut = flag("is_terminal"), flag("done") | flag("is_last")
+    if "discount" in columns:
+        good |= columns["discount"] == 0
     if "is_terminal" not in columns and "discount" not in columns:
         good = cut
     return good, good | cut
