@@ -47,15 +47,14 @@ class AgentConfig:
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # imagined frames; the paper gives none
     temperature: float = 1.0    # of the BC policy that imagination starts from
-    k: int = 1                  # sampling steps; 0: as the dynamics (paper)
-    step_label: str = "min"     # step size told to the network in these: "own" | "min"
+    k: int = 1                  # sampling steps, told d_min; 0: as the dynamics (paper)
     end_on_event: bool = True   # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # discount (0.997)
     pmpo_beta: float = 0.3      # pull towards BC (0.3)
 
     def __post_init__(self):
         check_config("agent", self, zero=("k",), shares=("prompt_order", "gamma"))
-        choices = {"bc_level": ("context", "uniform"), "step_label": ("own", "min"),
+        choices = {"bc_level": ("context", "uniform"),
                    "imagined_tasks": ("prompt_order", "all")}
         for name, words in choices.items():
             if getattr(self, name) not in words:
@@ -319,7 +318,7 @@ def dream_of(dynamics, agent, generator=None):
     """The dream that the agent is trained in."""
     if agent.cfg.k == 0:        # as the dynamics sample
         return Dream(dynamics, generator)
-    return Dream(dynamics, generator, k=agent.cfg.k, step_label=agent.cfg.step_label)
+    return Dream(dynamics, generator, k=agent.cfg.k, step_label="min")
 
 
 @torch.no_grad()

@@ -59,15 +59,18 @@ class DataConfig:
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
     episodes: int = 320
     length: int = 300
-    labels: float = 1.0         # share of the episodes, in order, with known actions
-    labels_probe: str = ""      # actions are known only where this recorded probe isn't 0
+    labels: str = "1"           # share of the episodes, in order, with known actions; or a
+                                # recorded probe, where it isn't 0
     reference: str = ""         # dataset that judges, never trained on; default: recorded
     reference_episodes: int = 40
     eval_episodes: int = 200    # 0: the world model alone is judged
     eval_length: int = 500
 
     def __post_init__(self):
-        check_config("data", self, zero=("eval_episodes", "bins"), shares=("labels",))
+        check_config("data", self, zero=("eval_episodes", "bins"))
+        with contextlib.suppress(ValueError):
+            if not 0 <= float(self.labels) <= 1:
+                raise UserError(f"Got data.labels {self.labels}, need 0 to 1, or a probe.")
 
 
 @dataclasses.dataclass
@@ -532,7 +535,7 @@ def provenance_of(job, stage):
 def made_with(job):
     """What may not change while a stage is interrupted: provenance, seed, settings."""
     found = {**job.provenance, "seed": job.args.seed, "dtype": job.args.dtype,
-             "data.labels": job.data.labels, "data.labels_probe": job.data.labels_probe}
+             "data.labels": job.data.labels}
     others = tuple(f"train.{stage}_" for stage in STAGES if stage != job.stage)
     for prefix in (*CONFIGS_OF[job.stage], "train"):
         for key, value in job.configs[prefix].items():
@@ -700,16 +703,18 @@ class Recordings:
 
     def __init__(self, job):
         self.data, self.spec = job.dataset, job.dataset.spec
-        episodes, probe = len(self.data.lengths), job.data.labels_probe
-        self.labelled_episodes = round(job.data.labels * episodes)      # the first ones
-        frames = np.arange(self.data.frames_total)
-        self.labelled = frames < self.data.offsets[self.labelled_episodes]
-        if probe and probe not in self.data.rows(0).dtype.names:
-            raise UserError(f"Got recordings in {self.data.path} without {probe}, need it "
-                            "for --data.labels_probe: record them again.")
-        if probe:
-            rows = [self.data.rows(i)[probe] for i in range(episodes)]
-            self.labelled &= np.concatenate(rows) > 0
+        episodes, labels = len(self.data.lengths), job.data.labels
+        self.labelled_episodes = episodes
+        try:
+            self.labelled_episodes = round(float(labels) * episodes)    # the first ones
+            frames = np.arange(self.data.frames_total)
+            self.labelled = frames < self.data.offsets[self.labelled_episodes]
+        except ValueError:                                              # a probe
+            if labels not in self.data.rows(0).dtype.names:
+                raise UserError(f"Got recordings in {self.data.path} without {labels}, "
+                                "need it for --data.labels: record them again.") from None
+            rows = [self.data.rows(i)[labels] for i in range(episodes)]
+            self.labelled = np.concatenate(rows) > 0
 
     @property
     def rare(self):

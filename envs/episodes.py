@@ -359,7 +359,7 @@ def parse_size(text):
     return int(height), int(width)
 
 
-def main(argv):
+def make_parser():
     parser = argparse.ArgumentParser("python data.py import-episodes", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -368,5 +368,9 @@ def main(argv):
     add("--size", type=parse_size, help="resize frames: HEIGHTxWIDTH")
     add("--actions", choices=KINDS, help="default: found out, and printed")
     add("--lead", action="store_true", help="action[t] was made at image[t]")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv):
+    args = make_parser().parse_args(argv)
     import_episodes(args.src, args.out, args.size, args.actions, args.lead)

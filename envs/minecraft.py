@@ -80,7 +80,7 @@ ATTEMPTS, RETRY_SECONDS = 5, 1.0        # the pause doubles with each attempt
 COMMON = {
     "data.eval_length": 72_000, "tokenizer.channels": 16, "tokenizer.pack": 2,
     "tokenizer.mae_max": 0.9, "dynamics.time_every": 4, "dynamics.k_max": 64,
-    "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0, "agent.step_label": "own",
+    "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0,
     "train.boot_after": 0.0, "train.lr_policy": 5e-4, "train.warmup": 1000}
 PRESETS = {
     "minecraft": {

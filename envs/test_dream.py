@@ -4,11 +4,12 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+import data
 from agent import save_checkpoint
-from data import UserError, record
+from data import UserError
 from dynamics import Dream
 from envs.dream import DreamEnv, DreamVector
-from test_all import KEY_ENV, key_run
+from test_all import KEY_ENV, key_run, serial_work
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,9 @@ def made(tmp_path_factory):
     weights = {name: getattr(run, name).state_dict() for name in config}
     save_checkpoint(folder / "agent.pt", {"stage": "agent", "spec": run.spec.to_json(),
                                           "config": config, **weights})
-    record(KEY_ENV, folder / "set", 4, 30, 0, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "work", serial_work)
+        data.record(KEY_ENV, folder / "set", 4, 30, 0)
     return folder / "agent.pt", folder / "set"
 
 

@@ -8,7 +8,7 @@ import play
 import train
 from agent import load_run
 from data import Dataset, UserError, describe, make_env, record
-from test_all import train_here
+from test_all import in_this_process, train_here  # noqa: F401
 
 SPACES = {
     "Discrete": (spaces.Discrete(3, start=2), (3,), [2], 4),

@@ -23,9 +23,8 @@ from paper import results
 from play import (CLIPS, CONTEXT, Result, bootstrap, dream_clips, encode, ratio,
                   read_probes, reference_clips, reference_of, squared_error, ssim)
 
-LABELLED = {"none": ("labels", "0"), "1 %": ("labels", "0.01"), "4 %": ("labels", "0.04"),
-            "10 %": ("labels", "0.1"), "above ground": ("labels_probe", "probe_above"),
-            "all": ("labels", "1")}
+LABELLED = {"none": "0", "1 %": "0.01", "4 %": "0.04", "10 %": "0.1",
+            "above ground": "probe_above", "all": "1"}
 HORIZON = 16
 
 
@@ -86,9 +85,9 @@ def main():
     args, flags = results.make_parser(__doc__).parse_known_args()
     device, base, runs = pick_device(args.device), Path(args.run).name, {}
     common = ["--base", base, "--train.event_rows", "0", "--train.pure_noise", "0"]
-    for name, (field, value) in LABELLED.items():
+    for name, labels in LABELLED.items():
         run = "labels_" + name.removesuffix(" %").replace(" ", "_")
-        folder = results.trained(run, "dynamics", *common, f"--data.{field}", value, *flags)
+        folder = results.trained(run, "dynamics", *common, "--data.labels", labels, *flags)
         runs[name] = load_run(folder, "dynamics", device, args.dtype)
     rows = evaluate_labels(runs, reference_of(folder), args.dtype)
     results.save("figure7_labels", rows)
