@@ -39,6 +39,7 @@ STATE_BYTES = 16                # of a parameter: itself, gradient, optimizer, b
 
 GROWTH = {"context": (16, 32, 64, 128, 256, 512), "parameters": (1, 2, 4, 8),
           "rows": (1, 4, 16, 64, 256), "tokens": (9, 16, 64, 256)}
+MOST_FRAMES = 4096              # of a training step there: 7 GB
 WIDTH_LAYERS = {1: (256, 4), 2: (256, 8), 4: (512, 4), 8: (512, 8)}     # by parameters
 
 
@@ -237,8 +238,9 @@ def growth_of(device, dtype, context, parameters, rows, tokens):
     """What a dreamed frame (of all rows) and a frame of training windows, as long as the
     context, take at one size -> {what: number}. Not compiled: that takes longer."""
     net = new_dynamics(device, *WIDTH_LAYERS[parameters], tokens, context)
-    batch, frames = empty_batch(net, rows, context), rows * context
-    tau, d = sample_tau_d(rows, context, net.cfg.k_max, 0)
+    some = max(min(rows, MOST_FRAMES // context), 1)    # of the rows, to be trained on
+    batch, frames = empty_batch(net, some, context), some * context
+    tau, d = sample_tau_d(some, context, net.cfg.k_max, 0)
     generator = torch.Generator(device).manual_seed(0)
 
     def loss():
