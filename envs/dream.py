@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from agent import autocast, load_run, pick_device
+from agent import DTYPES, Run, autocast, load_run, pick_device
 from data import Dataset, UserError, Windows
 from dynamics import Batch, Dream
 from tokenizer import Cache
@@ -23,13 +23,17 @@ class DreamVector(gymnasium.vector.VectorEnv):
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(self, run, dataset, num_envs=1, task=None, observation="frame", length=100,
-                 k=None, step_label=None, device="auto", dtype="auto"):
-        self.device, self.dtype = pick_device(device), dtype
-        self.run = load_run(run, None, self.device, dtype)
+                 sampler=(None, None)):
+        """run: of load_run, or its folder. sampler: K and step_label; None: as trained."""
+        if not isinstance(run, Run):
+            run = load_run(run, None, pick_device(), "auto")
+        self.run = run
+        self.device, dtype = self.run.device, self.run.dynamics.latent_in.weight.dtype
+        self.dtype = next(name for name, kind in DTYPES.items() if kind == dtype)
         if self.run.agent is None:
             raise UserError(f"Got {self.run.path} without an agent, need its reward head: "
                             "train --stage agent first.")
-        self.data, spec, self.sampler = Dataset(dataset), self.run.spec, (k, step_label)
+        self.data, spec, self.sampler = Dataset(dataset), self.run.spec, sampler
         if self.data.spec.recorded() != spec.recorded():
             raise UserError(f"Got {dataset} of another world than {self.run.path}, need "
                             "recordings of the same.")

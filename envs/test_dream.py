@@ -5,7 +5,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import data
-from agent import save_checkpoint
+from agent import load_run, save_checkpoint
 from data import UserError
 from dynamics import Dream
 from envs.dream import DreamEnv, DreamVector
@@ -14,7 +14,7 @@ from test_all import KEY_ENV, key_run, serial_work
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, and recordings of the same world."""
+    """A run, and recordings of the same world."""
     folder, run = tmp_path_factory.mktemp("dream"), key_run()
     config = {name: vars(getattr(run, name).cfg) for name in ("tokenizer", "dynamics",
                                                               "agent")}
@@ -24,13 +24,13 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "work", serial_work)
         data.record(KEY_ENV, folder / "set", 4, 30, 0)
-    return folder / "agent.pt", folder / "set"
+    return load_run(folder / "agent.pt", dtype="fp32"), folder / "set"
 
 
 @pytest.mark.parametrize("observation", ["frame", "h"])
 def test_the_dream_passes_gymnasiums_own_check(made, observation):
     """Fails if spaces, seeds or types aren't what gymnasium asks for."""
-    env = DreamEnv(*made, observation=observation, render_mode="rgb_array", dtype="fp32")
+    env = DreamEnv(*made, observation=observation, render_mode="rgb_array")
     check_env(env, skip_render_check=True)
     assert env.render().shape == (8, 12, 3)
 
@@ -42,7 +42,7 @@ def zero_noise(self, B, T):
 def test_a_row_that_begins_anew_is_a_dream_of_its_own(made, monkeypatch):
     """Fails if its next episode sees the one before it, or moves the other rows."""
     monkeypatch.setattr(Dream, "noise", zero_noise)
-    env, own, undisturbed = (DreamVector(*made, num_envs=n, observation="h", dtype="fp32")
+    env, own, undisturbed = (DreamVector(*made, num_envs=n, observation="h")
                              for n in (2, 1, 2))
     for one in (env, undisturbed):
         one.reset(seed=0)

@@ -262,17 +262,26 @@ def bench_growth(rows, device, dtype):
     """One size grows, the others stay: a context of 64, 3.2 million parameters times 1, 1
     row, 16 latent tokens."""
     base = {"context": 64, "parameters": 1, "rows": 1, "tokens": 16}
-    figure, axes = new_figure(1, len(GROWTH), (14, 3.4))
-    for (size, values), axis in zip(GROWTH.items(), axes.flat, strict=True):
-        lines = {}
+    for size, values in GROWTH.items():
         for value in values:
             for what, x in growth_of(device, dtype, **base | {size: value}).items():
                 of = {"size": f"{size} {value}", "what": what}
                 rows.append(Result("growth", x, None, None, 1, "", of))
-                lines.setdefault(what, []).append(x)
                 print(f"{size} {value}, {what}: {x:.3g}", flush=True)
+
+
+def picture_growth(rows):
+    """growth.png: a chart for each size that grows, both axes by powers."""
+    figure, axes = new_figure(1, len(GROWTH), (14, 3.4))
+    for (size, values), axis in zip(GROWTH.items(), axes.flat, strict=True):
+        lines = {}
+        for row in rows:
+            if row.name == "growth" and row.of["size"].split()[0] == size:
+                lines.setdefault(row.of["what"], []).append(row.value)
         for what, line in lines.items():
             axis.loglog(values, line, "o-", label=what)
+        axis.set_xticks(values, values)
+        axis.minorticks_off()
         axis.set_xlabel(size)
     axes[0, 0].legend(fontsize=7)
     figure.savefig(results.ROOT / "paper" / "growth.png", dpi=70)
@@ -359,6 +368,7 @@ def main():
     run = load_run(args.run, args.stage, device, args.dtype) if args.run else None
     rows = bench(device, args.dtype, run)
     results.save("bench", rows)
+    picture_growth(rows)
     results.chart([row for row in rows if row.of.get("K", "any") != "any"
                    and row.unit == "frames/s"], "K", "what", "frames/s", "bench.png")
 

@@ -320,6 +320,8 @@ def test_bench_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.results, "ROOT", tmp_path)
     (tmp_path / "paper").mkdir()
     rows = bench.bench(CPU, "fp32", key_run())
+    bench.picture_growth(rows)
+    assert (tmp_path / "paper/growth.png").exists()
     assert len({str(row.of) for row in rows}) == len(rows) > 30
     assert all(row.value > 0 for row in rows)
 
