@@ -1688,6 +1688,7 @@ def test_the_preset_follows_the_device(monkeypatch):
 @pytest.mark.parametrize("flags, word", [
     (["--dynamics.k_maxx", "4"], "k_maxx"), (["--dynamics.k_max", "6"], "k_max 6"),
     (["--tokenizer.heads", "3"], "heads 3"), (["--dynamics.prediction", "y"], "'y'"),
+    (["--data.labels", "7"], "data.labels"), (["--data.labels", "nan"], "data.labels"),
     (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
     (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
     (["--train.pure_noise", "0.2"], "event_rows 0"), (["--train.lr", "nan"], "lr nan"),

@@ -68,9 +68,17 @@ class DataConfig:
 
     def __post_init__(self):
         check_config("data", self, zero=("eval_episodes", "bins"))
-        with contextlib.suppress(ValueError):
-            if not 0 <= float(self.labels) <= 1:
-                raise UserError(f"Got data.labels {self.labels}, need 0 to 1, or a probe.")
+        share = label_share(self.labels)
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"Got data.labels {self.labels}, need 0 to 1, or a probe.")
+
+
+def label_share(labels):
+    """The number in --data.labels; None: it names a probe."""
+    try:
+        return float(labels)
+    except ValueError:
+        return None
 
 
 @dataclasses.dataclass
@@ -703,18 +711,18 @@ class Recordings:
 
     def __init__(self, job):
         self.data, self.spec = job.dataset, job.dataset.spec
-        episodes, labels = len(self.data.lengths), job.data.labels
-        self.labelled_episodes = episodes
-        try:
-            self.labelled_episodes = round(float(labels) * episodes)    # the first ones
+        episodes, probe = len(self.data.lengths), job.data.labels
+        share = label_share(probe)
+        if share is not None:
+            self.labelled_episodes = round(share * episodes)            # the first ones
             frames = np.arange(self.data.frames_total)
             self.labelled = frames < self.data.offsets[self.labelled_episodes]
-        except ValueError:                                              # a probe
-            if labels not in self.data.rows(0).dtype.names:
-                raise UserError(f"Got recordings in {self.data.path} without {labels}, "
-                                "need it for --data.labels: record them again.") from None
-            rows = [self.data.rows(i)[labels] for i in range(episodes)]
-            self.labelled = np.concatenate(rows) > 0
+            return
+        if probe not in self.data.rows(0).dtype.names:
+            raise UserError(f"Got recordings in {self.data.path} without {probe}, need it "
+                            "for --data.labels: record them again.")
+        rows = [self.data.rows(i)[probe] for i in range(episodes)]
+        self.labelled_episodes, self.labelled = episodes, np.concatenate(rows) > 0
 
     @property
     def rare(self):

@@ -14,13 +14,14 @@ from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, r
 from tokenizer import compile_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SPEC, CUDA, B, T = ActionSpec(classes=(5,)), torch.device("cuda"), 8, 16
+SPEC, CUDA = ActionSpec(classes=(5,)), torch.device("cuda")
+B, T, Z = 8, 16, 64
 
 
 @pytest.fixture
 def nets():
     torch.manual_seed(0)
-    cfg = DynamicsConfig(dim=64, heads=4, kv_heads=2, tasks=3, context=8)
+    cfg = DynamicsConfig(channels=Z, dim=64, heads=4, kv_heads=2, tasks=3, context=8)
     nets = Dynamics(cfg, SPEC), Agent(AgentConfig(hidden=32), 64, SPEC, 3)
     with torch.no_grad():
         for net in nets:
@@ -31,7 +32,7 @@ def nets():
 
 def play_batch(device):
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(B, T, 9, 64, generator=generator)
+    z = torch.randn(B, T, 9, Z, generator=generator)
     actions = torch.randint(5, (B, T, 1), generator=generator).float()
     events = (torch.rand(B, T, 3, generator=generator) < 0.1).float()
     batch = Batch(z, actions, torch.ones(B, T).bool(), torch.zeros(B, T).long(), events,
@@ -41,13 +42,14 @@ def play_batch(device):
 
 def test_losses_are_those_of_the_cpu(nets, monkeypatch):
     """Fails if a mask, an index or a broadcast differs between the devices."""
-    noise = torch.randn(B, T, 9, 64, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(B, T, 9, Z, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr("dynamics.noise_like", lambda z, _: noise[:len(z)].to(z.device))
     dynamics, agent = nets
     tau, d = sample_tau_d(B, T, 16, B // 2, torch.Generator().manual_seed(2))
     found = []
-    for device in ("cpu", "cuda"):
-        dynamics.to(device), agent.to(device)
+    for device in (torch.device("cpu"), CUDA):
+        dynamics.to(device)
+        agent.to(device)
         batch, cloned = play_batch(device), torch.arange(B, device=device) > 3
         losses, h, _ = dynamics_losses(dynamics, batch, tau, d, ramp_weight(tau), None)
         more, _ = agent_losses(agent, h, batch, cloned)
