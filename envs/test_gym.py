@@ -1,15 +1,19 @@
 """Tests of gymnasium worlds, on small ones made here."""
+import signal
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+import data
 import play
 import train
 from agent import load_run
 from data import Dataset, UserError, describe, make_env, record
 from test_all import in_this_process, train_here  # noqa: F401
 
+REAL_WORK = data.work           # other tests here work in this process
 SPACES = {
     "Discrete": (spaces.Discrete(3, start=2), (3,), [2], 4),
     "MultiBinary": (spaces.MultiBinary(2), (2, 2), [0, 1], [0, 1]),
@@ -136,6 +140,17 @@ def test_the_game_saves_rewards(trained, monkeypatch):
     session.handle({"op": "save"})
     rows = Dataset("runs/gym/sessions/real").rows(2)
     assert rows["events"].dtype == np.float32 and rows["events"][-1, 0] > 0.3
+
+
+def take_no_signal(number):
+    """As pygame's windows do."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return number + 1
+
+
+def test_workers_that_take_no_signal_end():
+    """Fails if recording a pygame world never ends."""
+    assert list(REAL_WORK(take_no_signal, [(1,)], 1)) == [((1,), 2)]
 
 
 def test_no_key_is_no_force():
