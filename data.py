@@ -456,7 +456,7 @@ def work(function, jobs, workers=0):
                 yield busy.pop(pipe), answer
     finally:
         for process in processes:
-            process.kill()      # a window library in it may take a gentler signal for its own
+            process.kill()                          # pygame takes SIGTERM for its own
             process.join()
 
 
