@@ -38,7 +38,8 @@ TERMINAL_WEIGHT = 20.0      # of the rare class in the continue head's loss
 class AgentConfig:
     """Heads, cloning and imagination; the paper's values in brackets."""
     hidden: int = 256
-    prompt_order: float = 0.0   # share of the cloned rows whose task is one of the prompts
+    prompt_order: float = 0.5   # share of the cloned rows that are on the way to what the
+                                # prompts ask for; the others show any task being done
     bc_level: str = "context"   # level of cloned rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # of the BC loss among those of the agent stage (1)
     prompts: bool = True        # False: the policy isn't told its task (control)
@@ -46,7 +47,7 @@ class AgentConfig:
     imagined_tasks: str = "prompt_order"    # "prompt_order" | "all" (paper)
     context: int = 8            # data frames before an imagined rollout
     horizon: int = 12           # imagined frames; the paper gives none
-    temperature: float = 1.0    # of the BC policy that imagination starts from
+    temperature: float = 0.5    # of BC, also where imagination starts from it (1)
     k: int = 1                  # sampling steps, told d_min; 0: as the dynamics (paper)
     end_on_event: bool = True   # a return ends with its task's event, as a prompt does
     gamma: float = 0.95         # discount (0.997)
@@ -242,12 +243,13 @@ def agent_losses(agent, h, batch, cloned):
     reward of the prompt at all distances ("reward"), of every task at distance 0
     ("events").
 
-    h (B, T, D); of the batch actions (B, T, A), labelled, task, continues (B, T), events
-    (B, T, tasks). Returns losses and metrics.
+    h (B, T, D); of the batch actions (B, T, A), labelled, task, continues, asked (B, T),
+    events (B, T, tasks). Returns losses and metrics.
     """
-    # policy: actions that are labelled, lie in the window, and stand in a cloned row
+    # policy: actions that are labelled, lie in the window, stand in a cloned row, and were
+    # taken under its task
     labelled, valid = targets_ahead(batch.labelled, 1, MTP)
-    valid = valid & labelled & cloned[:, None, None]
+    valid = valid & labelled & (cloned[:, None] & batch.asked)[..., None]
     actions, _ = targets_ahead(batch.actions, 1, MTP)
     policy = action_log_prob(agent.spec, agent.policy(h), actions)
 
@@ -346,7 +348,8 @@ def imagination_losses(agent, h, actions, task):
         rewards = agent.rewards(h, task[:, None])
         if cfg.end_on_event:    # the event's chance is that of the prompt's being over
             continues = continues * (1 - rewards.clamp(0, 1))
-        alive = F.pad(continues[:, 1:-1].cumprod(1), (1, 0), value=1.0)     # (B, T)
+        alive = torch.cat([agent.continue_prob(h[:, :1]), continues[:, 1:-1]], 1)
+        alive = alive.cumprod(1)                                            # (B, T)
         counted = alive > 0.5
         returns = lambda_returns(rewards, continues, values, cfg.gamma, LAMBDA)[:, :-1]
         advantages = returns - values[:, :-1]

@@ -182,6 +182,8 @@ class EnvSpec:
     actions: ActionSpec
     tasks: tuple[str, ...]                          # events[:, i] belongs to tasks[i]
     prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
+    # task, how often, from which step on, after how many steps again: prompts between
+    needs: tuple[tuple[str, int, int, int], ...] = ()
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
     # events are rewards, any numbers, 0 in row 0: agents are scored by their sum
@@ -196,7 +198,7 @@ class EnvSpec:
         if self.idle and (len(self.idle) != len(sizes) or not all(fits)):
             raise UserError(f"idle {self.idle} of {self.name}", "a class of each column, "
                             f"of sizes {sizes}", "correct its EnvSpec")
-        asked = [task for task, _ in self.prompt_order]
+        asked = [task for task, *_ in (*self.prompt_order, *self.needs)]
         for task in (*asked, *self.achievements):
             if task not in self.tasks:
                 raise UserError(f"a prompt or achievement {task!r} of {self.name}",
@@ -659,6 +661,7 @@ class Windows(NamedTuple):
     split: str = "train"
     ahead: tuple[int, int] | None = None            # its first and last row; None: 1 .. end
     tasks: tuple[int, ...] = ()                     # indices of tasks to draw; (): of all
+    prompted: bool = False                          # drawn by train.Recordings
     first: int | None = None                        # of the first episodes; None: of all
 
 

@@ -90,6 +90,7 @@ class Batch(NamedTuple):
     events: torch.Tensor = None         # (B, T, tasks): how often each happened
     continues: torch.Tensor = None      # (B, T): 0 on a terminal frame
     single: torch.Tensor = None         # (B,) bool: its frames are separate images
+    asked: torch.Tensor = None          # (B, T) bool: its task was the prompt then
 
     def to(self, device):
         return Batch(*(None if x is None else to_device(x, device) for x in self))

@@ -51,6 +51,7 @@ from tokenizer import Cache, compile_module
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 15_000, 20_000, 50_000, 40_000
 JUDGED = range(10_000, 60_000)                  # seeds of worlds that nothing trains on
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
+NEED_STEPS = 100                                # after which a need is given up, for now
 ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
 AGENTS = {"random": "", "BC": "agent", "imagination": "imagine", "player": ""}    # stages
@@ -414,36 +415,62 @@ def evaluate_world(run, dataset, dtype="auto", horizon=16, sampler=AS_TRAINED):
 
 class PromptOrder:
     """The prompts of N environments: `task` (N,) moves on after enough real events. Without
-    an order each task is asked for in turn, until it has happened once."""
+    an order each task is asked for in turn, until it has happened once. Needs break in when
+    they are due, until they are met or NEED_STEPS are over."""
 
     def __init__(self, spec, n):
         order = spec.prompt_order or [(task, 1) for task in spec.tasks]
         self.steps = [(spec.tasks.index(task), times) for task, times in order] or [(0, 0)]
         self.place, self.count = np.zeros(n, int), np.zeros(n, int)
+        needs = [(spec.tasks.index(task), *numbers) for task, *numbers in spec.needs]
+        self.needs, self.times, first, self.every = np.array(needs, int).reshape(-1, 4).T
+        self.due = np.tile(first, (n, 1))       # (N, needs): steps until it is asked for
+        self.met = np.zeros_like(self.due)      # and how often it was met since
+        self.tasks = tuple(dict.fromkeys([*dict(self.steps), *self.needs.tolist()]))
+
+    @property
+    def ordered(self):
+        return np.array([self.steps[i][0] for i in self.place])
 
     @property
     def task(self):
-        return np.array([self.steps[i][0] for i in self.place])
+        if not len(self.needs):
+            return self.ordered
+        due = self.due <= 0
+        return np.where(due.any(1), self.needs[due.argmax(1)], self.ordered)
 
     def advance(self, events):
         """events (N, tasks) of one step -> rows (N,) bool whose prompt changed."""
+        before = self.task
         events = np.pad(events, ((0, 0), (0, 1)))           # there may be no task at all
-        self.count += events[np.arange(len(self.place)), self.task].astype(int)
+        self.met += events[:, self.needs].astype(int)       # also where nobody asked
+        over = (self.met >= self.times) | (self.due <= -NEED_STEPS)
+        self.due = np.where(over, self.every, self.due - 1)
+        self.met = np.where(over, 0, self.met)
+        self.count += events[np.arange(len(self.place)), self.ordered].astype(int)
         times = np.array([self.steps[i][1] for i in self.place])
         done = (times > 0) & (self.count >= times) & (self.place < len(self.steps) - 1)
         self.place, self.count = self.place + done, np.where(done, 0, self.count)
-        return done
+        return self.task != before
 
 
 def prompts_along(data):
-    """(frames,): the task that the prompt order would ask for after each recorded frame."""
-    prompts = []
+    """After each recorded frame: the task that would be asked for (frames,), and in how
+    many frames it is next done (frames,), inf: never."""
+    prompts, ahead = [], []
     for i in data.episodes("all"):
-        order = PromptOrder(data.spec, 1)
-        for events in np.asarray(data.episode(i)["events"]):
-            order.advance(events[None])
-            prompts.append(order.task[0])
-    return np.array(prompts)
+        events, order = np.asarray(data.episode(i)["events"]), PromptOrder(data.spec, 1)
+        asked = [order.task[0]]
+        for now in events[1:]:
+            order.advance(now[None])
+            asked.append(order.task[0])
+        rows = np.arange(len(events))
+        at = np.where(np.pad(events, ((0, 0), (0, 1))) > 0, rows[:, None], np.inf)
+        at = np.minimum.accumulate(at[::-1])[::-1]          # this row or the next with one
+        at = np.concatenate([at[1:], np.full_like(at[:1], np.inf)])
+        prompts.append(asked)
+        ahead.append(at[rows, asked] - rows)
+    return np.concatenate(prompts), np.concatenate(ahead)
 
 
 class Actor:
@@ -823,8 +850,7 @@ def picture_imagined(run, dataset, path, rows=3, dtype="auto", seed=0):
     prompts (where one fits): its task, the rewards r and values v that it expects."""
     agent, device, names = run.agent, run.device, run.spec.tasks or ("no task",)
     C, H = agent.cfg.context, agent.cfg.horizon
-    prompts = tuple(run.spec.tasks.index(name) for name, _ in run.spec.prompt_order)
-    windows = Windows(C, True, "all", (C, C + H - 1), prompts)
+    windows = Windows(C, True, "all", (C, C + H - 1), PromptOrder(run.spec, 1).tasks)
     if not len(dataset.long_enough(windows)):
         print(f"Left out: {path}, for no episode in {dataset.path} has {C} frames.")
         return
@@ -960,7 +986,7 @@ class Session:
         self.name = f"{self.spec.name}, run {Path(folder).name}, stage {run.stage}"
         self.idle = self.spec.idle or (0,) * len(self.spec.actions.classes)
         self.starts = ("nothing",) if env is None else ("held_out", "fresh", "nothing")
-        self.tasks = list(dict(PromptOrder(self.spec, 1).steps))    # of the prompts
+        self.tasks = PromptOrder(self.spec, 1).tasks                # of the prompts
         self.policies = {}
         if run.agent:
             self.policies["BC"] = run.agent.policy
@@ -1043,7 +1069,7 @@ class Session:
                 length = max(1, len(episode.frames) // 2)
                 episode = play_episode(self.env, seed, 0, length, skill)
             played = [Row(*row) for row in zip(*episode[:4], strict=True)]
-        for row in played:
+        for row in played[1:]:
             self.order.advance(np.stack([row.events] * 2))
         self.over = not played[-1].continues
 

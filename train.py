@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -120,6 +121,7 @@ CLIP = 1.0                  # norm to which a larger gradient is cut
 VALUE_FIRST = 20            # imagination steps, at most a third of them, in which the value
                             # head learns alone: a value of 0 calls every action good
 LATENT_CHUNK = 256          # frames of an episode that are encoded at once
+ON_THE_WAY = 128            # frames before a prompt's event whose actions are cloned
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
 DERIVED = ("tokenizer.height", "tokenizer.width", "dynamics.tokens", "dynamics.channels",
@@ -128,7 +130,7 @@ CONFIGS_OF = {"tokenizer": ("tokenizer",), "dynamics": ("tokenizer", "dynamics")
               "agent": ("tokenizer", "dynamics", "agent"),
               "imagine": ("tokenizer", "dynamics", "agent")}    # what a stage is made with
 FIXED_BY_AGENT = ("hidden", "prompt_order", "bc_level", "bc_weight", "prompts",
-                  "pretrained")             # imagination can't change them
+                  "pretrained", "temperature")      # imagination can't change them
 MAY_DIFFER = ("train.compile", "train.log_every")               # after a break
 LOSSES = {"tokenizer": ("mse", "lpips"), "dynamics": ("dynamics",),
           "agent": ("dynamics", "bc", "reward", "continue", "events"),
@@ -148,8 +150,8 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
     "cpu_long": {"data.episodes": 640, "tokenizer.pack": 1, "dynamics.dim": 128,
                  "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
                  "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
-                 "agent.horizon": 6, "agent.prompt_order": 0.5, "train.cooldown": 0.65,
-                 "train.event_rows": 0.6, "train.pure_noise": 0.25, "train.boot_after": 0.6,
+                 "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
+                 "train.pure_noise": 0.25, "train.boot_after": 0.6,
                  "train.dynamics_steps": 5000, "train.agent_steps": 2400,
                  "train.imagine_steps": 900},
 }
@@ -706,10 +708,12 @@ def open_latents(job, tokenizer):
 class Recordings:
     """What the stages after the tokenizer read: recorded play, with latents for frames.
     labelled (frames,) bool: whose action may be seen (Section 4.4, unlabelled video);
-    prompts (frames,): the task that windows from anywhere have at their end."""
-    latents = prompts = None
+    prompts, ahead (frames,): play.prompts_along; told: windows from anywhere have the
+    prompt at their end as their task, else a random one."""
+    latents = None
 
-    def __init__(self, job):
+    def __init__(self, job, told=False):
+        self.told, self.on_the_way = told, functools.cache(self.on_the_way)
         self.data, self.spec = job.dataset, job.dataset.spec
         episodes, probe = len(self.data.lengths), job.data.labels
         share = label_share(probe)
@@ -746,31 +750,66 @@ class Recordings:
         some = n // 2 if partly and len(self.data.long_enough(labelled)) else 0
         return [(n - some, Windows(length)), (some, labelled)]
 
-    def with_event(self, n, length, prompt_order=0.0, ahead=None, labelled=False):
-        """(rows, Windows) each: windows that show their task being done, a share of them a
-        task of the prompt order. ahead: as in data.Windows. labelled: of episodes with
-        known actions alone."""
-        first = self.labelled_episodes if labelled else None
-        windows = Windows(length, self.rare, ahead=ahead, first=first)
-        ordered = round(prompt_order * n)
-        tasks = tuple(self.spec.tasks.index(task) for task, _ in self.spec.prompt_order)
-        return [(n - ordered, windows), (ordered, windows._replace(tasks=tasks))]
+    def cloned(self, n, length, prompt_order):
+        """(rows, Windows) each, of episodes with known actions alone: windows that show
+        their task being done, and a share that end on the way to what is asked for."""
+        windows = Windows(length, self.rare, first=self.labelled_episodes)
+        on_the_way = windows._replace(prompted=True)
+        some = round(prompt_order * n) if len(self.on_the_way(on_the_way)[0]) else 0
+        return [(n - some, windows), (some, on_the_way)]
+
+    def before_event(self, n, length, horizon, all_tasks=False):
+        """(rows, Windows) each: windows whose task is done in the `horizon` frames after
+        them, one of the prompts' or any."""
+        ahead = (length, length + horizon - 1)
+        tasks = () if all_tasks else play.PromptOrder(self.spec, 1).tasks
+        return [(n, Windows(length, self.rare, ahead=ahead, tasks=tasks))]
+
+    @functools.cached_property
+    def along(self):
+        return play.prompts_along(self.data)
+
+    def on_the_way(self, windows):
+        """Frames (n,) at which such windows may end, in order of their prompts: the prompt
+        is done in the next ON_THE_WAY. For each prompt its first index, and how many."""
+        prompts, ahead = self.along
+        fits, starts = ahead <= ON_THE_WAY, self.data.offsets
+        inside = np.zeros(len(fits), bool)          # such a window fits before it
+        for i in self.data.long_enough(windows):
+            inside[starts[i] + windows.length - 1:starts[i + 1]] = True
+        frames = np.flatnonzero(fits & inside)
+        frames = frames[np.argsort(prompts[frames], kind="stable")]
+        kinds = np.unique(prompts[frames], return_index=True, return_counts=True)
+        return frames, *kinds[1:]
+
+    def sample_on_the_way(self, rng, n, windows):
+        """As Dataset.sample: a prompt uniformly, then a frame."""
+        frames, begin, count = self.on_the_way(windows)
+        which = rng.integers(len(begin), size=n)
+        last = frames[begin[which] + rng.integers(count[which])]
+        episode = np.searchsorted(self.data.offsets, last, side="right") - 1
+        return episode, last - self.data.offsets[episode] - windows.length + 1, (
+            self.along[0][last])
 
     def read(self, rng, kinds):
         """Sample windows, kinds: (rows, Windows of one length) each -> Batch on the CPU."""
-        parts = [self.data.sample(rng, n, windows) for n, windows in kinds if n]
+        parts = [(self.sample_on_the_way if windows.prompted else self.data.sample)
+                 (rng, n, windows) for n, windows in kinds if n]
         episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
         length = kinds[0][1].length
         index = (self.data.offsets[episode] + start)[:, None] + np.arange(length)
-        if self.prompts is not None:
+        if self.told:
             n = sum(n for n, windows in kinds if not windows.relevant)  # they come first
-            task[:n] = self.prompts[index[:n, -1]]
+            task[:n] = self.along[0][index[:n, -1]]
+        asked = np.ones(index.shape, bool)
+        if n := sum(n for n, windows in kinds if windows.prompted):     # they come last
+            asked[-n:] = self.along[0][index[-n:]] == task[-n:, None]
         fields = ("actions", "labelled", "events", "continues")
         rows = self.data.read(episode, start, length, fields)
         columns = {"z": self.latents[index].astype(np.float32), "actions": rows["actions"],
                    "labelled": rows["labelled"] & self.labelled[index],
                    "task": np.repeat(task[:, None], length, 1),
-                   "events": rows["events"].astype(np.float32),
+                   "events": rows["events"].astype(np.float32), "asked": asked,
                    "continues": rows["continues"]}
         return Batch(**{name: torch.from_numpy(x) for name, x in columns.items()})
 
@@ -871,7 +910,8 @@ def dynamics_batch(job, recordings, draws, single_images):
     labelled = len(job.dataset.events) > 0 and recordings.labelled.all()
     n = round(job.train.event_rows * rows) if labelled else 0
     order = draws.rng.permutation(rows)
-    kinds = recordings.anywhere(rows - n, length) + recordings.with_event(n, length)
+    kinds = recordings.anywhere(rows - n, length)
+    kinds += [(n, Windows(length, recordings.rare))]
     batch = recordings.read(draws.rng, kinds).rows(order)
     single = torch.from_numpy(draws.rng.random(rows) < single_images)
     return batch._replace(task=None, single=single), torch.from_numpy(order >= rows - n)
@@ -947,7 +987,7 @@ def train_agent(job):
         n = min(round(RELEVANT * B / PROCESSES), B // PROCESSES - 1)    # in each process
         others = B - n * PROCESSES
         kinds = recordings.anywhere(others, T)
-        kinds += recordings.with_event(B - others, T, cfg.prompt_order, labelled=True)
+        kinds += recordings.cloned(B - others, T, cfg.prompt_order)
         batch = recordings.read(draws.rng, kinds)
         cloned = torch.arange(B) >= others
         single = torch.from_numpy(draws.rng.random(B) < dyn.single_images) & ~cloned
@@ -979,6 +1019,7 @@ def train_agent(job):
     optimizers = make_optimizers(modules, train.lr_matrix / 2, train.lr / 2)
     fit(job, modules, loss_fn, optimizers, {"bc": cfg.bc_weight})
     agent.freeze_prior()
+    agent.sharpen(cfg.temperature)
     save_stage(job, tokenizer=run.tokenizer, dynamics=dynamics, agent=agent)
 
 
@@ -990,26 +1031,22 @@ def train_imagine(job):
     if cfg.k > run.dynamics.cfg.k_max:
         raise UserError(f"Got agent.k {cfg.k}, need at most the dynamics' k_max, "
                         f"{run.dynamics.cfg.k_max}.")
-    recordings, agent, train = Recordings(job), run.agent, job.train
+    ordered = cfg.imagined_tasks == "prompt_order"
+    recordings, agent, train = Recordings(job, ordered), run.agent, job.train
     recordings.latents = open_latents(job, run.tokenizer)
     agent.cfg = dataclasses.replace(cfg, end_on_event=cfg.end_on_event
                                     and not run.spec.returns)
     agent.policy.requires_grad_(True)
     agent.value.requires_grad_(True)
-    agent.sharpen(cfg.temperature)
     world = freeze(copy.deepcopy(run.dynamics), job.device, job.args.dtype)
     if train.compile:
         compile_module(world, job.device)
-    ordered = 1.0 if cfg.imagined_tasks == "prompt_order" else 0.0
     n = round(RELEVANT * train.imagine_batch)
-    if ordered and run.spec.prompt_order:
-        recordings.prompts = play.prompts_along(job.dataset)
 
     def loss_fn(draws):
         # n contexts have their event in the frames to be imagined
-        ahead = (cfg.context, cfg.context + cfg.horizon - 1)
         kinds = recordings.anywhere(train.imagine_batch - n, cfg.context)
-        kinds += recordings.with_event(n, cfg.context, ordered, ahead)
+        kinds += recordings.before_event(n, cfg.context, cfg.horizon, not ordered)
         batch = recordings.read(draws.rng, kinds).to(job.device)
         prompted = batch._replace(task=agent.prompt(batch.task))
         dream = dream_of(world, agent, draws.noise)
@@ -1104,12 +1141,11 @@ def check_plan(job, stages):
     if data.spec.returns and not any(episode["events"].any() for episode in rows):
         raise UserError(f"Got no reward at all in {path}, need some to learn from: record "
                         f"more play, {alone}")
-    kinds, ordered = [], float(cfg.imagined_tasks == "prompt_order")
+    kinds, every = [], cfg.imagined_tasks == "all"
     if "agent" in stages:
-        kinds += recordings.with_event(2, train.length, cfg.prompt_order, labelled=True)
+        kinds += recordings.cloned(2, train.length, 0.0)
     if "imagine" in stages:
-        ahead = (cfg.context, cfg.context + cfg.horizon - 1)
-        kinds += recordings.with_event(2, cfg.context, ordered, ahead)
+        kinds += recordings.before_event(2, cfg.context, cfg.horizon, every)
     for n, windows in kinds:
         if n and windows.relevant and not len(data.windows_with_event(windows)[0]):
             raise UserError(f"Got training episodes in {path} in which no task of the "

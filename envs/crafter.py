@@ -2,7 +2,7 @@
 
 Crafter              the environment: frames of 72x72, 17 actions, 22 achievements as events
 CrafterReader        reads map cells and inventory off a frame, real or dreamed
-CrafterPlayer        a scripted player who sees the whole map (for the paper's contractors)
+CrafterPlayer        a scripted player who knows what was in view (the paper's contractors)
 record_interactions  scripted interactions, to be judged in dreams by judge() (Section 4.2)
 A frame shows 9x7 cells of 8x8 pixels, the player's in the middle; arrays are [column, row].
 """
@@ -12,7 +12,7 @@ import heapq
 from types import SimpleNamespace
 
 import numpy as np
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, uniform_filter
 from tqdm import tqdm
 
 from data import (ActionSpec, EnvSpec, Episode, UserError, copy_env, finish_dataset,
@@ -34,11 +34,13 @@ CAVE = np.isin(np.arange(256), (3, 4, 7, 8, 9, 10))  # of probe_semantic: stone,
 PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect_stone": 5,
            "make_stone_pickaxe": 1, "place_furnace": 1, "collect_coal": 1,
            "collect_iron": 1, "make_iron_pickaxe": 1, "collect_diamond": 0}
+# prompts between: who drinks is full for some 80 steps, a cow lasts 130, dusk is at 135
+NEEDS = (("collect_drink", 4, 60, 80), ("eat_cow", 1, 110, 130), ("wake_up", 1, 135, 240))
 # chances in a step of a random action, of dithering, of a detour; share of the episodes
 Skill = collections.namedtuple("Skill", "noise dither detour share")
-SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.4),
-          "average": Skill(0.08, 0.010, 0.006, 0.3),
-          "novice": Skill(0.25, 0.020, 0.015, 0.2),
+SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.5),
+          "average": Skill(0.08, 0.010, 0.006, 0.25),
+          "novice": Skill(0.25, 0.020, 0.015, 0.15),
           "clumsy": Skill(0.55, 0.030, 0.030, 0.1)}
 
 
@@ -130,8 +132,8 @@ class Crafter:
     def __init__(self):
         names = crafter.constants
         self.spec = EnvSpec("crafter", 72, 72, ActionSpec(classes=(len(names.actions),)),
-                            tuple(names.achievements), prompt_order=tuple(PROMPTS.items()),
-                            achievements=tuple(PROMPTS), action_names=tuple(names.actions))
+                            tuple(names.achievements), tuple(PROMPTS.items()), NEEDS,
+                            tuple(PROMPTS), tuple(names.actions))
 
     def reset(self, seed):
         """-> the first frame. Each world is a new Env: Crafter counts the resets of one."""
@@ -374,22 +376,28 @@ def shortest_path(cost, goal, start):
 
 
 class CrafterPlayer:
-    """Plays towards the diamond, with privileged access to the world. Plans are generators
-    of action names on a stack; needs interrupt the career. A plan reads the world anew
-    before each action, so that a slip costs time only, and returns whether it succeeded."""
+    """Plays towards the diamond. Like a person it knows of the map what its frames have
+    shown, of creatures those that they show now. Plans are generators of action names on a
+    stack; needs interrupt the career. A plan reads all anew before each action, so that a
+    slip costs time only, and returns whether it succeeded."""
 
     def __init__(self, env, rng, skill):
         self.rules, self.world, self.me = crafter.constants, env._world, env._player
         self.have, self.done = self.me.inventory, self.me.achievements
+        self.map = np.zeros(self.world.area, int)    # material ids; 0: not seen yet
         self.rng, self.skill = rng, SKILLS[skill]
         self.stack, self.clock = [self.career()], 0
         self.queue = []                              # actions of dithering
         self.retry = {}                              # plan: not again before this step
-        self.sleepy = rng.choice([1, 1, 2, 4, 7])    # energy at which to go to sleep
+        self.sleepy = rng.choice([1, 2, 3])    # energy at which to go to sleep
 
     def act(self):
         """The next action, float32 (1,): as planned, or a slip."""
         self.clock += 1
+        x, y = self.me.pos
+        self.view = np.zeros(self.world.area, bool)
+        self.view[max(x - 4, 0):x + 5, max(y - 3, 0):y + 4] = True
+        self.map[self.view] = self.world._mat_map[self.view]
         name = planned = self.queue.pop() if self.queue else self.intend()
         if self.rng.random() < self.skill.noise:
             kinds = 6 if self.rng.random() < 0.4 else 17              # 6: noop, moves, do
@@ -409,11 +417,15 @@ class CrafterPlayer:
         for move, action in MOVES.items():
             if self.ahead(move)[1] in ("Zombie", "Skeleton"):
                 return "do" if move == tuple(self.me.facing) else action
-        self.dark = self.world.daylight < 0.4        # zombies come, on grass
-        tired = self.have["energy"] <= (6 if self.dark else self.sleepy)
-        needs = {self.sleep: tired or self.have["health"] <= 4,
-                 self.drink: self.have["drink"] <= (3 if self.dark else 4),
-                 self.eat: self.have["food"] <= (1 if self.dark else 5),
+        light, have = self.world.daylight, self.have
+        self.dark = light < 0.4                      # zombies come, on grass
+        evening = light < 0.75 and self.clock % 300 > 90
+        tired = have["energy"] <= (7 if evening else self.sleepy)
+        # what is at hand is taken, what must be looked for can wait
+        water, cow = self.cells("water") & self.view, self.creatures("Cow")
+        needs = {self.drink: have["drink"] <= (6 if water.any() else 1 if self.dark else 4),
+                 self.eat: have["food"] <= (6 if cow.any() else 0 if self.dark else 3),
+                 self.sleep: tired or have["health"] <= 3,
                  self.wander: self.rng.random() < self.skill.detour,
                  self.plant: self.rng.random() < self.skill.detour}
         for plan, needed in needs.items():
@@ -430,13 +442,27 @@ class CrafterPlayer:
         return material, type(thing).__name__ if thing else None
 
     def cells(self, *materials):
-        return np.isin(self.world._mat_map, [self.world._mat_ids[m] for m in materials])
+        """Where one of these is known to be (64, 64)."""
+        return np.isin(self.map, [self.world._mat_ids[m] for m in materials])
 
     def creatures(self, *kinds):
+        """Where one of these is to be seen (64, 64)."""
         mask = np.zeros(self.world.area, bool)
         for thing in self.world.objects:
             mask[tuple(thing.pos)] = type(thing).__name__ in kinds
-        return mask
+        return mask & self.view
+
+    def unknown(self, *beside):
+        """Cells (64, 64) to walk to where nothing known serves: unseen ones that border on
+        what was seen, of these materials if there are any, and best on much unseen."""
+        unseen = self.map == 0
+        border = unseen & around(~unseen)
+        much = uniform_filter(unseen.astype(float), 7) > 0.3
+        near = around(self.cells(*beside)) if beside else border
+        for choice in (border & near & much, border & much, border):
+            if choice.any():
+                break
+        return choice
 
     def enclosed(self):
         """The free cells around the player form a small closed room."""
@@ -456,17 +482,18 @@ class CrafterPlayer:
         price |= {"path": 1, "sand": 1, "grass": 8 if self.dark else 1}
         if self.have["stone"]:
             price["water"] = 4
-        price = [price.get(name, np.inf) for name in (None, *self.rules.materials)]
-        cost = np.take(price, self.world._mat_map) + 3 * self.creatures("Cow")
+        price = [1.5, *(price.get(name, np.inf) for name in self.rules.materials)]
+        cost = np.take(price, self.map) + 3 * self.creatures("Cow")
         cost += 2 * around(around(self.creatures("Zombie", "Skeleton")))
         cost[self.creatures("Plant")] = np.inf
         if touch:
             cost[targets] = 1
         return shortest_path(cost, targets, self.me.pos)
 
-    def go(self, find, touch=True, patience=200):
+    def go(self, find, touch=True, patience=200, beside=()):
         """Walk, dig and bridge until a target is faced (touch) or stood on. find: mask (64,
-        64) of the targets, or a function that makes it anew in each step."""
+        64) of the targets, or a function that makes it anew in each step. Where it knows of
+        none, it looks for one in the unknown beside those materials."""
         path = []
         for _ in range(patience):
             targets = find() if callable(find) else find
@@ -474,6 +501,8 @@ class CrafterPlayer:
             front = tuple(np.clip(self.me.pos + self.me.facing, 0, 63))
             if targets[front if touch else here]:
                 return True
+            if not targets.any():
+                targets = self.unknown(*beside)
             # plan again where the target has gone, the path was left, or is an old one
             path = path[1:] if path and here == path[0] else path
             if not path or not targets[path[-1]] or self.clock % 16 == 0 \
@@ -495,8 +524,9 @@ class CrafterPlayer:
         for tool in self.rules.collect[source]["require"]:
             if not (yield from self.make(tool)):
                 return False
+        beside = ("stone", "path") if item in ("coal", "iron", "diamond") else ()
         while self.have[item] < count:
-            if not (yield from self.go(lambda: self.cells(source))):
+            if not (yield from self.go(lambda: self.cells(source), beside=beside)):
                 return False
             yield "do"
         return True
@@ -575,20 +605,23 @@ class CrafterPlayer:
         for _ in range(3):
             rock = ~around(self.cells(*LAND, "lava")) & self.cells("stone")
             if self.enclosed() or not self.have["stone"] \
-                    or not (yield from self.go(rock, touch=False)):
+                    or not (yield from self.go(rock, touch=False, patience=40)):
                 break
-            yield MOVES[tuple(-int(c) for c in self.me.facing)]
+            inwards = tuple(map(int, self.me.facing))
+            yield MOVES[(-inwards[0], -inwards[1])]
             yield "place_stone"
-        safe, fed = self.enclosed(), min(self.have["food"], self.have["drink"]) > 0
+            yield MOVES[inwards]                     # blows reach over corners
+        safe = self.enclosed()
         while self.have["energy"] < (9 if safe else 2):
             yield "sleep"
-        for _ in range(50):
-            if safe and fed and self.have["health"] < 6:
+        for _ in range(120):                         # till dawn, or till it hurts
+            hurt = self.have["health"] < 5 or self.world.daylight < 0.35
+            if safe and hurt and min(self.have["food"], self.have["drink"]) > 0:
                 yield "noop"
 
     def career(self):
         """Wood, table, pickaxes, furnace, iron, diamond; then whatever is left."""
-        early, sword, better_sword = self.rng.random(3) < (0.6, 0.5, 0.9)
+        early, sword, better_sword = self.rng.random(3) < (0.6, 0.8, 0.95)
         yield from self.collect("wood", self.rng.integers(5, 9))
         yield from self.go(lambda: self.cells("stone"), patience=40)
         yield from self.make("wood_pickaxe")
