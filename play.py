@@ -50,8 +50,8 @@ from tokenizer import Cache, compile_module
 # Reported on; choices are made on reference episodes of seeds from 10,000 and in VALIDATION
 REFERENCE_SEED, VALIDATION_SEED, TEST_SEED, PLAY_SEED = 15_000, 20_000, 50_000, 40_000
 JUDGED = range(10_000, 60_000)                  # seeds of worlds that nothing trains on
+REFERENCE_LENGTH = 300                          # frames, where training episodes are longer
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
-NEED_STEPS = 100                                # after which a need is given up, for now
 ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
 AGENTS = {"random": "", "BC": "agent", "imagination": "imagine", "player": ""}    # stages
@@ -160,6 +160,7 @@ def reference_set(env, episodes=40, length=300, path=""):
     """Recorded play that is never trained on: the dataset at path, or recorded at first."""
     if path:
         return Dataset(path)
+    length = min(length, REFERENCE_LENGTH)
     path = Path("datasets") / f"{file_name(env)}_reference_{episodes}x{length}"
     return record(env, path, episodes, length, REFERENCE_SEED)
 
@@ -414,43 +415,43 @@ def evaluate_world(run, dataset, dtype="auto", horizon=16, sampler=AS_TRAINED):
 # ---------------------------------------------------------------- agents in the real world
 
 class PromptOrder:
-    """The prompts of N environments: `task` (N,) moves on after enough real events. Without
-    an order each task is asked for in turn, until it has happened once. Needs break in when
-    they are due, until they are met or NEED_STEPS are over."""
+    """The prompts of N environments, `task` (N,): the first of the order that real events
+    have not done often enough yet, or its last one. Without an order each task is asked for
+    in turn, once. Needs break in when they are due, until they are met or half the time
+    between two is over."""
 
     def __init__(self, spec, n):
         order = spec.prompt_order or [(task, 1) for task in spec.tasks]
-        self.steps = [(spec.tasks.index(task), times) for task, times in order] or [(0, 0)]
-        self.place, self.count = np.zeros(n, int), np.zeros(n, int)
+        order = [(spec.tasks.index(task), times or np.inf) for task, times in order]
+        self.order, times = map(np.array, zip(*order or [(0, np.inf)], strict=True))
+        # how often in all where a task is asked for again later
+        same = np.tril(self.order[:, None] == self.order)
+        self.often = np.where(same, times, 0).sum(1)
+        self.count = np.zeros((n, len(spec.tasks) + 1))     # there may be no task at all
         needs = [(spec.tasks.index(task), *numbers) for task, *numbers in spec.needs]
         self.needs, self.times, first, self.every = np.array(needs, int).reshape(-1, 4).T
         self.due = np.tile(first, (n, 1))       # (N, needs): steps until it is asked for
         self.met = np.zeros_like(self.due)      # and how often it was met since
-        self.tasks = tuple(dict.fromkeys([*dict(self.steps), *self.needs.tolist()]))
-
-    @property
-    def ordered(self):
-        return np.array([self.steps[i][0] for i in self.place])
+        self.tasks = tuple(dict.fromkeys([*self.order.tolist(), *self.needs.tolist()]))
 
     @property
     def task(self):
+        done = self.count[:, self.order] >= self.often
+        place = done.cumprod(1).sum(1).clip(max=len(self.order) - 1)
         if not len(self.needs):
-            return self.ordered
+            return self.order[place]
         due = self.due <= 0
-        return np.where(due.any(1), self.needs[due.argmax(1)], self.ordered)
+        return np.where(due.any(1), self.needs[due.argmax(1)], self.order[place])
 
     def advance(self, events):
         """events (N, tasks) of one step -> rows (N,) bool whose prompt changed."""
         before = self.task
-        events = np.pad(events, ((0, 0), (0, 1)))           # there may be no task at all
-        self.met += events[:, self.needs].astype(int)       # also where nobody asked
-        over = (self.met >= self.times) | (self.due <= -NEED_STEPS)
+        events = np.pad(events, ((0, 0), (0, 1)))
+        self.count += events
+        self.met += events[:, self.needs].astype(int)
+        over = (self.met >= self.times) | (self.due <= -(self.every // 2))
         self.due = np.where(over, self.every, self.due - 1)
         self.met = np.where(over, 0, self.met)
-        self.count += events[np.arange(len(self.place)), self.ordered].astype(int)
-        times = np.array([self.steps[i][1] for i in self.place])
-        done = (times > 0) & (self.count >= times) & (self.place < len(self.steps) - 1)
-        self.place, self.count = self.place + done, np.where(done, 0, self.count)
         return self.task != before
 
 

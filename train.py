@@ -58,8 +58,8 @@ class DataConfig:
     frameskip: int = 1          # how often an action is repeated
     bins: int = 11              # classes for a number of an action; 0: the number itself
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
-    episodes: int = 320
-    length: int = 300
+    episodes: int = 240
+    length: int = 500
     labels: str = "1"           # share of the episodes, in order, with known actions; or a
                                 # recorded probe, where it isn't 0
     reference: str = ""         # dataset that judges, never trained on; default: recorded
@@ -147,7 +147,7 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
               "train.batch": 12, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6, "train.imagine_batch": 16},
     # a token for each patch of a frame: more work a frame, so a smaller model and batch
-    "cpu_long": {"data.episodes": 640, "tokenizer.pack": 1, "dynamics.dim": 128,
+    "cpu_long": {"data.episodes": 480, "tokenizer.pack": 1, "dynamics.dim": 128,
                  "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
                  "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
                  "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
@@ -156,7 +156,7 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                  "train.imagine_steps": 900},
 }
 # cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
-PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 1280, "dynamics.dim": 256,
+PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 960, "dynamics.dim": 256,
                   "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
                   "train.compile": False, "train.tokenizer_steps": 2000,
@@ -783,9 +783,9 @@ class Recordings:
         return frames, *kinds[1:]
 
     def sample_on_the_way(self, rng, n, windows):
-        """As Dataset.sample: a prompt uniformly, then a frame."""
+        """As Dataset.sample: a prompt, the rarer the more of its frames, then a frame."""
         frames, begin, count = self.on_the_way(windows)
-        which = rng.integers(len(begin), size=n)
+        which = rng.choice(len(begin), n, p=np.sqrt(count) / np.sqrt(count).sum())
         last = frames[begin[which] + rng.integers(count[which])]
         episode = np.searchsorted(self.data.offsets, last, side="right") - 1
         return episode, last - self.data.offsets[episode] - windows.length + 1, (

@@ -34,8 +34,8 @@ CAVE = np.isin(np.arange(256), (3, 4, 7, 8, 9, 10))  # of probe_semantic: stone,
 PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect_stone": 5,
            "make_stone_pickaxe": 1, "place_furnace": 1, "collect_coal": 1,
            "collect_iron": 1, "make_iron_pickaxe": 1, "collect_diamond": 0}
-# prompts between: who drinks is full for some 80 steps, a cow lasts 130, dusk is at 135
-NEEDS = (("collect_drink", 4, 60, 80), ("eat_cow", 1, 110, 130), ("wake_up", 1, 135, 240))
+# prompts between: dusk comes at step 140, and in 100 steps 5 of 9 drinks are gone
+NEEDS = (("wake_up", 1, 140, 240), ("collect_drink", 3, 100, 100), ("eat_cow", 1, 200, 150))
 # chances in a step of a random action, of dithering, of a detour; share of the episodes
 Skill = collections.namedtuple("Skill", "noise dither detour share")
 SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.5),
