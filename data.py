@@ -182,12 +182,12 @@ class EnvSpec:
     actions: ActionSpec
     tasks: tuple[str, ...]                          # events[:, i] belongs to tasks[i]
     prompt_order: tuple[tuple[str, int], ...] = ()  # task, how often (0: without end)
-    # task, how often, from which step on, after how many steps again: prompts between
-    needs: tuple[tuple[str, int, int, int], ...] = ()
     achievements: tuple[str, ...] = ()              # tasks that agents are scored by
     action_names: tuple[str, ...] = ()              # of the first class column
     # events are rewards, any numbers, 0 in row 0: agents are scored by their sum
     returns: bool = False
+    # prompts between: task, how often, from which step on, after how many steps again
+    needs: tuple[tuple[str, int, int, int], ...] = ()
     # classes that mean "do nothing", (): 0 of each; for the game alone, so that recordings
     # of a world stay its own when it gets some
     idle: tuple[int, ...] = field(default=(), compare=False)
@@ -246,9 +246,9 @@ def make_env(name):
     """The environment "WORLD" or "WORLD:ARGUMENT", which envs/WORLD.py makes, or of an
     importable "module:Class", called without arguments. UserError: there is none.
 
-    It has: spec; reset(seed) -> frame uint8 (H, W, 3); step(action float32 (A,)) -> frame,
-    events (n_tasks,): how often each happened (spec.returns: its reward), terminal. It may
-    have:
+    envs/gym.py makes one of a gymnasium.Env. It has: spec; reset(seed) -> frame uint8
+    (H, W, 3); step(action float32 (A,)) -> frame, events (n_tasks,): how often each
+    happened (spec.returns: its reward), terminal. It may have:
     keys      {key of the browser game: action name}
     player    (rng, skill) -> object whose act() is the action to record (else: random play)
     skills    {name: share of the recorded episodes} of that player
@@ -274,7 +274,10 @@ def make_env(name):
         if not found or not hasattr(importlib.import_module(head), argument):
             raise UserError(f"environment {name!r}", "a world of envs/ or an importable "
                             "'module:Class'", "check it, install what is missing")
-        return CheckedEnv(getattr(sys.modules[head], argument)())
+        env = getattr(sys.modules[head], argument)()
+        if not isinstance(getattr(env, "spec", None), EnvSpec):     # a gymnasium.Env
+            env = importlib.import_module("envs.gym").Gym(env, name)
+        return CheckedEnv(env)
 
 
 @contextmanager

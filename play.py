@@ -37,9 +37,9 @@ from scipy import stats
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
-from agent import (STAGES, autocast, dream_of, freeze, imagine_rollout, load_checkpoint,
-                   load_run, pick_device, pick_dtype, sample_action, sha256_of,
-                   split_logits)
+from agent import (MTP, STAGES, autocast, dream_of, find_checkpoint, freeze,
+                   imagine_rollout, load_checkpoint, load_run, pick_device, pick_dtype,
+                   sample_action, save_checkpoint, sha256_of, split_logits)
 from data import (TYPES, Dataset, Episode, UserError, VecEnv, Windows, check_world,
                   controls, copy_env, count_workers, file_name, finish_dataset, make_env,
                   play_episode, read_json, record, run_cli, this_command, write_episode,
@@ -1411,6 +1411,57 @@ def film_actions(args):
     return np.stack(session.film)
 
 
+# ------------------------------------------------------------------------------- the demo
+
+DEMO = Path(__file__).parent / "assets" / "demo.pt"
+AHEAD = ("policy.out", "prior.out", "reward.out")       # layers with a part a distance
+
+
+def is_ahead(module, name):
+    return module == "agent" and name.startswith(AHEAD)
+
+
+def pack(folder, path):
+    """`play.py pack`: a whole run in one small file: weights in 16 bits, and of the heads
+    that look ahead the nearest distance alone, for the others only serve in training."""
+    state = load_checkpoint(find_checkpoint(folder, "imagine"))
+    for module, name in packed_names(state):
+        x = state[module][name]
+        x = x[:len(x) // (MTP + 1)].clone() if is_ahead(module, name) else x
+        state[module][name] = x.half() if x.ndim else x
+    state["data"] = data_config(folder)
+    save_checkpoint(path, state)
+
+
+def packed_names(state):
+    return [(module, name) for module in ("tokenizer", "dynamics", "agent")
+            for name in state[module]]
+
+
+def unpack(path):
+    """A packed run -> runs/NAME with the checkpoints that training would have left, made
+    where it isn't there yet."""
+    folder, state = Path("runs") / Path(path).stem, load_checkpoint(path)
+    about = {"packed": sha256_of(path), "data": state.pop("data")}
+    if (folder / "config.json").exists() and read_json(folder / "config.json") == about:
+        return folder
+    for module, name in packed_names(state):
+        x = state[module][name].float()
+        if is_ahead(module, name):
+            x = torch.cat([x, x.new_zeros(MTP * len(x), *x.shape[1:])])
+        state[module][name] = x
+    folder.mkdir(parents=True, exist_ok=True)
+    prior = {name.replace("prior", "policy"): x for name, x in state["agent"].items()
+             if name.startswith("prior")}
+    imitated = {**state, "stage": "agent", "agent": state["agent"] | prior}
+    save_checkpoint(folder / "agent.pt", imitated)
+    state["provenance"] = {"agent": sha256_of(folder / "agent.pt")}
+    save_checkpoint(folder / "imagine.pt", state)
+    forget_results(folder)
+    write_json(folder / "config.json", about)
+    return folder
+
+
 def positive(text):
     """A whole number from 1, of the command line."""
     if not text.isdecimal() or int(text) == 0:
@@ -1422,8 +1473,10 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", default="serve", choices=("serve", "eval", "dream", "report"))
-    add("--run", default="runs/crafter", help="folder of a training run, or its name")
+    add("command", nargs="?", default="serve", choices=("serve", "eval", "dream", "report",
+                                                              "pack"))
+    add("--run", help="folder of a training run, its name, or a packed one; default: "
+        "runs/crafter, or the demo where there is none")
     add("--stage", choices=STAGES, help="default the latest; eval: its world model alone")
     add("--port", type=int, default=8000, help="serve: this one or the next free")
     add("--open", action="store_true", help="serve: open the browser")
@@ -1433,7 +1486,7 @@ def make_parser():
     add("--episodes", type=positive, default=200, help="eval: episodes of each agent")
     add("--length", type=positive, default=500, help="eval: steps of an episode")
     add("--world-only", action="store_true", help="eval: skip the agents")
-    add("--out", help="dream: .gif or .mp4, default RUN/dream.gif")
+    add("--out", help="dream: .gif or .mp4, default RUN/dream.gif; pack: a .pt file")
     add("--k", type=positive, help="eval, dream: sampling steps, default the run's")
     add("--step_label", choices=("own", "min"), help="eval, dream: step told, 1/K or d_min")
     add("--clips", type=positive, default=4, help="dream: pairs side by side")
@@ -1446,11 +1499,21 @@ def make_parser():
 
 def main():
     args = make_parser().parse_args()
+    if args.run is None:
+        args.run = "runs/crafter"
+        if not Path(args.run).exists() and DEMO.exists():
+            args.run = DEMO
+            print(f"Playing {DEMO}; train your own with 'python train.py'.")
     if not Path(args.run).exists() and Path("runs", args.run).exists():
         args.run = Path("runs", args.run)       # a name, as train.py takes it
+    if Path(args.run).suffix == ".pt":
+        args.run = unpack(args.run)
     sampler, device = Sampler(args.k, args.step_label), pick_device(args.device)
     if args.command == "report":
         print(write_report(args.run))
+    elif args.command == "pack":
+        pack(args.run, args.out or DEMO)
+        print(args.out or DEMO)
     elif args.command == "serve":
         serve(args)
     elif args.command == "eval":

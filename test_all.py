@@ -6,6 +6,7 @@ it.
 import base64
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -706,7 +707,7 @@ def play_inputs(B=2, T=6, spec=FIVE, seed=0, task=None):
     if task is None:
         return batch
     return batch._replace(task=torch.full((B, T), task), events=torch.zeros(B, T, 3),
-                          continues=torch.ones(B, T))
+                          continues=torch.ones(B, T), asked=torch.ones(B, T).bool())
 
 
 def pictures(*lead):
@@ -1293,9 +1294,10 @@ def spread_out(x, bins):
 @torch.no_grad()
 def test_eq9_agent_losses_equal_a_naive_loop():
     """Fails if a target isn't actions[t + 1 + n] or rewards[t + n], or past the end; BC
-    counts unlabelled actions or rows that aren't cloned; another task's event counts."""
+    counts unlabelled actions, rows that aren't cloned or frames of another prompt; another
+    task's event counts."""
     agent, h, batch, T = tiny_agent(), normal(3, 12, 16), play_inputs(3, 12, task=0), 12
-    batch.labelled[2, 3] = False
+    batch.labelled[2, 3] = batch.asked[1, 5] = False
     batch.task[1], batch.task[2] = 2, 3                         # 3: no task, no reward
     batch.events.copy_(torch.rand(3, T, 3, generator=seeded()))
     batch.continues[0, 4] = batch.continues[1, 3] = 0
@@ -1306,7 +1308,8 @@ def test_eq9_agent_losses_equal_a_naive_loop():
         asked = [agent.reward(h[b, t] + question).log_softmax(-1)
                  for question in agent.question.weight]
         for n in range(MTP + 1):
-            if t + 1 + n < T and b > 0 and batch.labelled[b, t + 1 + n]:
+            known = t + 1 + n < T and batch.labelled[b, t + 1 + n]
+            if b > 0 and known and batch.asked[b, t]:
                 bc.append((n, -float(policy[n, int(batch.actions[b, t + 1 + n, 0])])))
             if t + n < T:
                 x = batch.events[b, t + n, task] if task < 3 else 0.0
@@ -1463,15 +1466,17 @@ def test_imagination_losses_equal_a_naive_loop(end_on_event):
     agent.continues.out.bias.data.fill_(-0.3)
     h, actions, task = normal(8, 6, 16), play_inputs(8, 5).actions, torch.arange(8) % 3
     losses, metrics = imagination_losses(agent, h, actions, task)
-    good, bad, values, kls = [], [], [], []
+    good, bad, values, kls, begins = [], [], [], [], []
     for b in range(8):
         asked = agent.reward(h[b] + agent.question.weight[task[b]])[:, 0].softmax(1)
         c = (agent.continues(h[b])[:, 0, 0] + math.log(20)).sigmoid().tolist()
+        begins.append(c[0])
         r, v = (asked @ agent.bins).tolist(), agent.values(h[b]).tolist()
         if end_on_event:
             c = [x * (1 - min(max(y, 0), 1)) for x, y in zip(c, r, strict=True)]
         returns = naive_returns(r, c, v, 0.6, LAMBDA)
-        for t in [t for t in range(5) if math.prod(c[1:t + 1]) > 0.5]:
+        alive = [begins[b], *c[1:5]]        # an event at the start has ended nothing yet
+        for t in [t for t in range(5) if math.prod(alive[:t + 1]) > 0.5]:
             pi, prior = (head(h[b, t])[0].log_softmax(0)
                          for head in (agent.policy, agent.prior))
             (good if returns[t] >= v[t] else bad).append(pi[int(actions[b, t, 0])])
@@ -1742,7 +1747,7 @@ def test_rates_rise_stay_and_fall():
 def test_a_batch_holds_the_rows_of_its_windows(keys):
     """Fails if a frame gets another one's latents, action, event or end."""
     recordings = recordings_of(keys)
-    kinds = recordings.anywhere(30, 5) + recordings.with_event(30, 5)
+    kinds = recordings.anywhere(30, 5) + recordings.cloned(30, 5, 0.5)
     batch = recordings.read(np.random.default_rng(0), kinds)
     columns = {name: np.concatenate([keys.episode(i)[name] for i in range(6)])
                for name in ("actions", "labelled", "events", "continues")}
@@ -1750,7 +1755,7 @@ def test_a_batch_holds_the_rows_of_its_windows(keys):
     assert (index.diff(dim=1) == 1).all() and len(batch.z) == 60
     for name, column in columns.items():
         assert np.array_equal(getattr(batch, name), column[index]), name
-    shown = batch.events[30:].gather(-1, batch.task[30:, :, None])[:, 1:]
+    shown = batch.events[30:45].gather(-1, batch.task[30:45, :, None])[:, 1:]
     assert shown.any(1).all() and not batch.events[:30, 1:].any((1, 2)).all()   # control
 
 
@@ -1809,30 +1814,41 @@ def test_training_reads_training_episodes_alone(copy, monkeypatch):
     assert checked == {5} and others
 
 
-def test_a_share_of_the_cloned_rows_has_a_task_of_the_prompt_order(keys):
-    """Fails if the share counts other rows, the rest shows the order's tasks alone, or a
-    world without an order can't be trained on."""
-    recordings = recordings_of(keys)
+@pytest.mark.parametrize("far", [2, 128])
+def test_a_share_of_the_cloned_rows_is_on_the_way_to_its_prompt(keys, far, monkeypatch):
+    """Fails if the share counts other rows, these end at another prompt or too far from
+    what it asks for, their frames under an earlier prompt are cloned, or others aren't."""
+    monkeypatch.setattr(train, "ON_THE_WAY", far)
+    recordings, (prompts, ahead) = recordings_of(keys), play.prompts_along(keys)
+    for share, anywhere in itertools.product((0.0, 0.25, 1.0), (0, 40)):
+        kinds = recordings.anywhere(anywhere, 8) + recordings.cloned(400, 8, share)
+        batch = recordings.read(np.random.default_rng(0), kinds)
+        index, on = batch.z[:, :, 0, 0].long().numpy(), anywhere + round(400 * (1 - share))
+        last, task = index[on:, -1], batch.task[on:].numpy()
+        assert (ahead[last] <= far).all() and (task == prompts[last, None]).all()
+        assert (batch.asked[on:].numpy() == (prompts[index[on:]] == task)).all()
+        assert batch.asked[:on].all() and len(index) == anywhere + 400
+        if share == 1:                      # each frame that fits, and both prompts
+            fits = [keys.offsets[i] + t for i in keys.episodes("train")
+                    for t in range(7, keys.lengths[i])]
+            assert set(last) <= {i for i in fits if ahead[i] <= far}
+            assert len(set(last)) > 0.8 * sum(ahead[i] <= far for i in fits)
+            assert not batch.asked.all() and len(set(task[:, 0])) == 2
 
-    def tasks(share, anywhere=0):
-        kinds = recordings.anywhere(anywhere, 8) + recordings.with_event(400, 8, share)
-        return recordings.read(np.random.default_rng(0), kinds).task[:, 0].float()
 
-    recordings.spec = replace(keys.spec, prompt_order=(("both_keys", 0),))
-    for share in (0.0, 0.25, 0.5, 1.0):
-        first = round(400 * (1 - share))
-        got = tasks(share, 40)[40:]
-        assert (got[first:] == 1).all() and (not first or 0.4 < got[:first].mean() < 0.6)
-    recordings.spec = replace(keys.spec, prompt_order=())
-    assert 0.4 < tasks(1.0).mean() < 0.6
+def test_a_world_without_prompts_done_is_cloned_by_events_alone(keys, monkeypatch):
+    """Fails if there must be a prompt that was done within reach."""
+    monkeypatch.setattr(train, "ON_THE_WAY", 0)
+    kinds = recordings_of(keys).cloned(40, 8, 1.0)
+    assert [n for n, _ in kinds] == [40, 0]
 
 
 def test_imagination_starts_before_the_event_with_the_prompt_of_then(keys):
     """Fails if a chosen start has its event behind it or out of reach, or the other rows
     are told another task than the prompt order asks for at their end."""
     C, H, recordings = 4, 6, recordings_of(keys)
-    recordings.prompts = prompts = play.prompts_along(keys)
-    kinds = recordings.anywhere(500, C) + recordings.with_event(50, C, 1.0, (C, C + H - 1))
+    recordings.told, prompts = True, play.prompts_along(keys)[0]
+    kinds = recordings.anywhere(500, C) + recordings.before_event(50, C, H)
     batch = recordings.read(np.random.default_rng(0), kinds)
     last, task = batch.z[:, -1, 0, 0].long().numpy(), batch.task[:, 0].numpy()
     assert (task[:500] == prompts[last[:500]]).all() and set(task[:500]) == {0, 1}
@@ -1997,12 +2013,12 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
         asked.append(task)
         return real(agent, h, actions, task)
 
-    def events(self, n, *how, real=train.Recordings.with_event, **more):
+    def events(self, *how, real=train.Recordings.before_event):
         kinds.append(how)
-        return real(self, n, *how, **more)
+        return real(self, *how)
 
     def read(self, *rest, real=train.Recordings.read):
-        prompts.append(self.prompts is not None)
+        prompts.append(self.told)
         return real(self, *rest)
 
     stubs = {"dynamics_losses": dynamics, "agent_losses": heads, "imagine_rollout": rollout,
@@ -2011,12 +2027,13 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
     for name, stub in stubs.items():
         monkeypatch.setattr(train, name, stub)
     train_here(copy[0], *of("agent", "--resume", "no", "--agent.prompts", "false"))
-    monkeypatch.setattr(train.Recordings, "with_event", events)
+    monkeypatch.setattr(train.Recordings, "before_event", events)
     monkeypatch.setattr(train.Recordings, "read", read)
     train_here(copy[0], *of("imagine", "--resume", "no"))
     assert len(told) == len(asked) == 16 and all((task == 2).all() for task in told)
     assert all((task < 2).all() for task in asked)      # 2: no task
-    assert set(kinds) == {(4, 1.0, (4, 6))} and all(prompts)    # context 4, horizon 3
+    # rows (2 in the check of the plan), context 4, horizon 3, of the prompts
+    assert {how[1:] for how in kinds} == {(4, 3, False)} and all(prompts)
     assert rates == [(3e-3, 1.5e-3)]                    # half: the dynamics are finetuned
 
 
@@ -2125,11 +2142,14 @@ def test_other_seeds_and_settings_on_the_same_base(copy):
             for x in (one, two)]
     assert told[0][:2] == [True, True] and told[1] == [False, False, True]
 
-    train_here(folder, "--run", "sharp", "--base", "seed1", "--stage", "imagine",
-               "--agent.temperature", 0.5, "--train.lr_policy", 0)      # starts, and stays
-    sharp = load_run(folder / "runs/sharp", "imagine").agent
-    for head in ("policy", "prior"):
-        assert torch.equal(getattr(sharp, head).out.weight, 2 * one.agent.policy.out.weight)
+    # colder by half, and imagination starts and stays there
+    train_here(folder, "--run", "sharp", "--base", "base", "--stage", "agent",
+               "--seed", 1, "--agent.temperature", 0.25)
+    train_here(folder, "--run", "sharp", "--stage", "imagine", "--train.lr_policy", 0,
+               "--seed", 1)
+    for stage, head in itertools.product(("agent", "imagine"), ("policy", "prior")):
+        sharp = getattr(load_run(folder / "runs/sharp", stage).agent, head)
+        assert torch.equal(sharp.out.weight, 2 * one.agent.policy.out.weight)
     with pytest.raises(UserError, match="is another one than"):     # it has its own agent
         train_here(folder, "--run", "seed1", "--base", "seed3", "--stage", "imagine")
     with pytest.raises(UserError, match="No tokenizer.pt"):
@@ -2556,11 +2576,14 @@ def test_results_are_json_and_counts_begin_at_one(tmp_path, capsys):
 def test_cloned_windows_are_of_labelled_episodes(keys):
     """Fails if most of what is cloned at a share of labels has no action to learn."""
     recordings = recordings_of(keys, labels="0.34")                   # 2 of 6
-    rng, (n, windows) = np.random.default_rng(0), recordings.with_event(
-        40, 6, labelled=True)[0]
-    assert set(keys.sample(rng, n, windows)[0]) == {0, 1}
-    windows = recordings.with_event(40, 6)[0][1]                    # control
+    rng, kinds = np.random.default_rng(0), recordings.cloned(40, 6, 0.5)
+    assert [n for n, _ in kinds] == [20, 20]
+    assert set(keys.sample(rng, *kinds[0])[0]) == {0, 1}
+    assert set(recordings.sample_on_the_way(rng, *kinds[1])[0]) <= {0, 1}
+    every = recordings_of(keys)                                     # control
+    (_, windows), kind = every.cloned(40, 6, 0.5)
     assert len(set(keys.sample(rng, 40, windows)[0])) > 3
+    assert len(set(every.sample_on_the_way(rng, *kind)[0])) > 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -3190,6 +3213,50 @@ def test_pictured_prompts_are_those_of_the_order(dataset, monkeypatch, tmp_path)
 
 # -------------------------------------------------------------- agents in real environments
 
+def test_a_packed_run_is_the_run_in_half_the_bits(copy, monkeypatch, capsys):
+    """Fails if a packed run isn't small, a weight is another than the rounded one, BC isn't
+    the imitated policy, another pack of the same name is mixed up with it, or no run means
+    no game."""
+    folder, run = copy
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(play, "DEMO", folder / "demo.pt")
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["play.py", *map(str, words)])
+        play.main()
+
+    command("pack", "--run", run)
+    assert (folder / "demo.pt").stat().st_size < 0.5 * (run / "imagine.pt").stat().st_size
+    command("eval", "--run", "demo.pt", "--episodes", 2, "--length", 4)
+    got = [load_run(folder / "runs/demo", stage) for stage in ("agent", "imagine")]
+    was = [load_run(run, stage) for stage in ("agent", "imagine")]
+    h = normal(5, 16)
+    for one, other in zip(got, was, strict=True):
+        for name in ("tokenizer", "dynamics"):
+            pairs = zip(*(getattr(x, name).state_dict().values() for x in (one, other)),
+                        strict=True)
+            assert all(torch.equal(x, y.half().float() if y.ndim else y) for x, y in pairs)
+        for head in ("policy", "prior", "reward"):
+            x, y = getattr(one.agent, head)(h, 1), getattr(other.agent, head)(h, 1)
+            assert torch.allclose(x, y, atol=0.02), head
+    assert torch.allclose(got[1].agent.value(h), was[1].agent.value(h), atol=0.02)
+    assert not torch.equal(was[0].agent.policy(h), was[1].agent.policy(h))      # control
+    agents = {row.of["agent"] for row in play.read_results(folder / "runs/demo")
+              if row.name == "achievements"}
+    assert {"BC", "imagination"} <= agents
+    before = (folder / "runs/demo/imagine.pt").stat().st_mtime_ns
+    play.unpack("demo.pt")
+    assert (folder / "runs/demo/imagine.pt").stat().st_mtime_ns == before
+    state = train.load_checkpoint("demo.pt")
+    train.save_checkpoint("demo.pt", state | {"step": 3})
+    assert load_run(play.unpack("demo.pt")).meta["step"] == 3
+    seen = []
+    monkeypatch.setattr(play, "serve", lambda args: seen.append(args.run))
+    shutil.rmtree(folder / "runs/crafter", ignore_errors=True)
+    command()
+    assert seen == [Path("runs/demo")] and "train your own" in capsys.readouterr().out
+
+
 def test_prompts_advance_by_real_events(dataset):
     """Fails if events of other tasks count, a prompt changes early, the last one ends, or
     the recorded frames get another prompt than the evaluation would ask for there."""
@@ -3202,12 +3269,45 @@ def test_prompts_advance_by_real_events(dataset):
     for _ in range(3):
         order.advance(both)
     assert order.task.tolist() == [1, 1]
+    # what has been done often enough is not asked for; asked for again means once more
+    order = play.PromptOrder(replace(KeyEnv.spec, prompt_order=(
+        ("four", 1), ("both_keys", 2), ("four", 2))), 2)
+    for events, tasks in (([[0, 1], [2, 0]], [0, 1]), ([[0, 1], [1, 0]], [0, 1]),
+                          ([[1, 0], [0, 3]], [0, 0]), ([[2, 0], [0, 0]], [0, 0])):
+        order.advance(np.array(events))
+        assert order.task.tolist() == tasks
     free = play.PromptOrder(replace(KeyEnv.spec, prompt_order=()), 2)     # each in turn
     assert free.advance(first).tolist() == [True, False] and free.task.tolist() == [1, 0]
     assert not play.PromptOrder(BareEnv.spec, 2).advance(np.zeros((2, 0))).any()
-    prompts = play.prompts_along(dataset)
+    prompts, ahead = play.prompts_along(dataset)
     fours = [np.cumsum(dataset.episode(i)["events"][:, 0]) for i in range(5)]
     assert (prompts == (np.concatenate(fours) >= 2)).all() and 0 < prompts.mean() < 1
+    for i, t in np.ndindex(5, 24):                          # until the prompt's next event
+        events, now = dataset.episode(i)["events"], dataset.offsets[i] + t
+        if t < len(events):
+            later = np.flatnonzero(events[t + 1:, prompts[now]])
+            assert ahead[now] == (later[0] + 1 if len(later) else np.inf)
+
+
+def test_needs_break_in_until_they_are_met_or_given_up():
+    """Fails if a need is due early or late, isn't met by what happens unasked, is asked for
+    without end, stops the order from counting, or yields to a later one."""
+    spec = replace(KeyEnv.spec, tasks=("four", "both_keys", "rest"), prompt_order=(
+        ("four", 2), ("both_keys", 0)), needs=(("rest", 2, 3, 4), ("both_keys", 1, 4, 9)))
+    order = play.PromptOrder(spec, 2)
+    assert order.tasks == (0, 1, 2)
+    events, tasks = np.zeros((2, 3), int), []
+    for step in range(1, 12):
+        events[:] = 0
+        events[0, 2] = step in (1, 4)       # world 0 rests unasked, then once more
+        events[:, 0] = step == 4
+        before = order.task
+        assert (order.advance(events) == (order.task != before)).all()
+        tasks.append(order.task.tolist())
+    zero, one = zip(*tasks, strict=True)
+    # due at 3, met at 4 where the other one is due, due at 8, given up after 2 more steps
+    assert zero == (0, 0, 2, 1, 1, 1, 1, 2, 2, 2, 0)
+    assert one == (0, 0, 2, 2, 2, 1, 1, 1, 0, 2, 2)
 
 
 def test_cached_h_equals_recomputed_h_after_a_change_of_task(silence):

@@ -11,12 +11,14 @@ import functools
 import heapq
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 from scipy.ndimage import binary_dilation, uniform_filter
 from tqdm import tqdm
 
-from data import (ActionSpec, EnvSpec, Episode, UserError, copy_env, finish_dataset,
-                  rng_for, write_episode)
+from data import Episode, UserError, copy_env, finish_dataset, rng_for, write_episode
+from envs.gym import Gym
 
 try:
     import crafter
@@ -50,7 +52,7 @@ def make(argument):
         raise UserError(f"crafter:{argument}", "crafter alone", f"leave out {argument!r}")
     if crafter is None:
         raise UserError("no package crafter", "it to play", "pip install crafter")
-    return Crafter()
+    return Gym(Crafter(), "crafter")
 
 
 @functools.cache
@@ -119,53 +121,56 @@ class InsertionSet(dict):
     add, remove = dict.setdefault, dict.__delitem__
 
 
-class Crafter:
-    """Ends with death only. events[i]: achievement i happened in this step, each time."""
+class Crafter(gymnasium.Env):
+    """Ends with death only. info["events"]: achievements of this step, each time."""
     keys = {"ArrowUp": "move_up", "ArrowLeft": "move_left", "ArrowDown": "move_down",
             "ArrowRight": "move_right", " ": "do", "z": "sleep", "r": "place_stone",
             "t": "place_table", "f": "place_furnace", "p": "place_plant",
             "1": "make_wood_pickaxe", "2": "make_stone_pickaxe", "3": "make_iron_pickaxe",
             "4": "make_wood_sword", "5": "make_stone_sword", "6": "make_iron_sword"}
     skills = {name: skill.share for name, skill in SKILLS.items()}
+    observation_space = spaces.Box(0, 255, (72, 72, 3), np.uint8)
+    prompt_order, achievements, needs = tuple(PROMPTS.items()), tuple(PROMPTS), NEEDS
     copyable = True
 
     def __init__(self):
-        names = crafter.constants
-        self.spec = EnvSpec("crafter", 72, 72, ActionSpec(classes=(len(names.actions),)),
-                            tuple(names.achievements), tuple(PROMPTS.items()), NEEDS,
-                            tuple(PROMPTS), tuple(names.actions))
+        self.action_names = tuple(crafter.constants.actions)
+        self.tasks = tuple(crafter.constants.achievements)
+        self.action_space = spaces.Discrete(len(self.action_names))
 
-    def reset(self, seed):
-        """-> the first frame. Each world is a new Env: Crafter counts the resets of one."""
-        self.env = env = crafter.Env(size=(72, 72), length=10 ** 9, seed=int(seed))
-        env._local_view = QuickView(env._local_view)
-        env._item_view = QuickItems(env._item_view)
-        frame = np.ascontiguousarray(env.reset())
-        self.cells = env._sem_view()
+    def reset(self, *, seed=None, options=None):
+        """Each world is a new crafter.Env, which counts the resets of one."""
+        super().reset(seed=seed)
+        seed = int(self.np_random.integers(2 ** 31)) if seed is None else int(seed)
+        self.game = game = crafter.Env(size=(72, 72), length=10 ** 9, seed=seed)
+        game._local_view = QuickView(game._local_view)
+        game._item_view = QuickItems(game._item_view)
+        frame = np.ascontiguousarray(game.reset())
+        self.cells = game._sem_view()
         # subtle: Crafter draws from sets of objects, which are ordered by memory address
-        world = env._world
+        world = game._world
         world._chunks = collections.defaultdict(InsertionSet)
         for thing in world.objects:
             world._chunks[world.chunk_key(thing.pos)].add(thing)
-        return frame
+        return frame, {}
 
     def step(self, action):
-        """float32 (1,) -> frame uint8 (72, 72, 3), events bool (22,), terminal."""
-        player = self.env._player
-        before = list(player.achievements.values())
-        frame, _, _, about = self.env.step(int(action[0]))
+        player = self.game._player
+        before = dict(player.achievements)
+        frame, reward, _, about = self.game.step(int(action))
         self.cells = about["semantic"]
-        events = np.array(list(player.achievements.values())) > before
-        return np.ascontiguousarray(frame), events, bool(player.health <= 0)
+        events = {task: 1 for task, n in player.achievements.items() if n > before[task]}
+        dead = bool(player.health <= 0)
+        return np.ascontiguousarray(frame), reward, dead, False, {"events": events}
 
     def probe(self):
         """True cells (9, 7) around the player (0 = outside), inventory (16,), (daylight *
         255, asleep, x, y), and 1 where the player is not in a cave; all uint8."""
         # subtle: rendering again would draw from the world's random stream at night
-        player = self.env._player
+        player = self.game._player
         x, y = player.pos
         cells = np.pad(self.cells, 4)[x:x + 9, y + 1:y + 8].astype(np.uint8)
-        light = round(255 * self.env._world.daylight)
+        light = round(255 * self.game._world.daylight)
         return {"probe_semantic": cells,
                 "probe_inventory": np.array(list(player.inventory.values()), np.uint8),
                 "probe_player": np.array([light, player.sleeping, x, y], np.uint8),
@@ -175,7 +180,7 @@ class Crafter:
         return CrafterReader()
 
     def player(self, rng, skill):
-        return CrafterPlayer(self.env, rng, skill)
+        return CrafterPlayer(self.game, rng, skill)
 
 
 # ---------------------------------------------------------------------------- symbol reader
@@ -739,7 +744,7 @@ def try_script(env, kind, script):
     # the pack, the place and the light must be as they should
     probes = {k: np.stack([start[k], *(row[2][k] for row in rows)]) for k in start}
     pack, player = probes["probe_inventory"].astype(int), probes["probe_player"].astype(int)
-    change = dict(zip(env.env._player.inventory, pack[-1] - pack[0], strict=True))
+    change = dict(zip(env.game._player.inventory, pack[-1] - pack[0], strict=True))
     items = [*script.gain, *list(change)[4:]]        # health, food, ... come and go
     right = all(change[item] == script.gain.get(item, 0) for item in items)
     walked = tuple(player[-1, 2:] - player[0, 2:])
@@ -779,7 +784,7 @@ def natural_play(env, world, context, seed):
 def record_interactions(path, each=20, context=16, worlds=150, seed=40_000):
     """Contexts of natural play, each continued by the script of an interaction in a copy of
     the real game: an episode each, `context` true frames and the script's."""
-    env, kinds = Crafter(), []
+    env, kinds = make(""), []
     for world in tqdm(range(worlds), desc="interactions"):
         last = {}                                    # kind: step of its last context here
         for step, player, rows in natural_play(env, world, context, seed):

@@ -1,4 +1,5 @@
-"""Any registered gymnasium world as make_env describes one: `--data.env gym:Pendulum-v1`.
+"""gymnasium worlds as make_env describes one: any registered one, `--data.env
+gym:Pendulum-v1`, or a gymnasium.Env of one's own, `--data.env mygame:Game`.
 
 gym:MODULE:ID imports MODULE first, which registers the world. Behind the ID settings may
 follow, which train.py fills in from --data.size, --data.frameskip and --data.bins:
@@ -6,8 +7,11 @@ follow, which train.py fills in from --data.size, --data.frameskip and --data.bi
 Frames are observations that are pictures, else what render() returns ("rgb_array").
 Discrete, MultiBinary, MultiDiscrete and Box actions, alone or in a Tuple or Dict, become
 columns of classes; a number of a Box is cut into `bins` classes, with bins=0 it stays one
-(for the world model alone). The reward is the one task, "return". gymnasium's limit of
-steps is lifted: --data.length and --data.eval_length are the limits here.
+(for the world model alone). gymnasium's limit of steps is lifted: --data.length and
+--data.eval_length are the limits here.
+The reward is the one task, "return"; but where the world has `tasks`, a tuple of names,
+info["events"] of a step holds {task: how often it just happened}. It may also have the
+prompt_order, achievements, action_names, needs of an EnvSpec, and what make_env lists.
 """
 import importlib
 
@@ -97,21 +101,38 @@ def idle_of(space, bins):
     return [int(i) for i in np.rint(np.clip(share, 0, 1) * (bins - 1))]
 
 
-class Gym:
-    """A gymnasium world as data.make_env describes one."""
+SETTINGS = ("prompt_order", "achievements", "action_names", "needs")
 
-    def __init__(self, env, name, size, frameskip, bins):
-        self.env, self.frameskip, self.bins, self.size = env, frameskip, bins, size
+
+class Gym:
+    """A gymnasium world as data.make_env describes one, by the name `name`."""
+
+    def __init__(self, env, name, size=None, frameskip=1, bins=11):
+        self.env, self.name, self.size = env, name, size
+        self.frameskip, self.bins = frameskip, bins
         columns = [columns_of(space, bins) for space in leaves(env.action_space)]
         actions = ActionSpec(tuple(n for sizes, _ in columns for n in sizes),
                              sum(numbers for _, numbers in columns))
         if size is None:
-            height, width = self.frame(env.reset(seed=0)[0]).shape[:2]
+            shape = getattr(env.observation_space, "shape", None) or ()
+            if len(shape) != 3 or shape[-1] != 3:       # it is no picture
+                shape = self.frame(env.reset(seed=0)[0]).shape
+            height, width = shape[:2]
             share = min(1.0, LARGEST / max(height, width))
             self.size = max(1, round(height * share)), max(1, round(width * share))
         idle = [i for space in leaves(env.action_space) for i in idle_of(space, bins)]
-        self.spec = EnvSpec(name, *self.size, actions, ("return",), (("return", 0),),
-                            returns=True, idle=tuple(idle))
+        if tasks := getattr(env.unwrapped, "tasks", ()):
+            has = {key: getattr(env.unwrapped, key, ()) for key in SETTINGS}
+            self.spec = EnvSpec(name, *self.size, actions, tasks, **has, idle=tuple(idle))
+        else:
+            self.spec = EnvSpec(name, *self.size, actions, ("return",), (("return", 0),),
+                                returns=True, idle=tuple(idle))
+
+    def __getattr__(self, name):
+        """The world's player, keys, probe, ... are this one's too."""
+        if name == "env" or name.startswith("__"):  # subtle: asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self.env.unwrapped, name)
 
     def frame(self, observation):
         """uint8 (H, W, 3): the observation if it is a picture, else what is rendered;
@@ -123,7 +144,7 @@ class Gym:
         if not isinstance(picture, np.ndarray) or not is_picture(picture):
             picture = np.asarray(self.env.render())
         if not is_picture(picture):
-            raise UserError(f"a frame {picture.dtype}{picture.shape} of {self.env.spec.id}",
+            raise UserError(f"a frame {picture.dtype}{picture.shape} of {self.name}",
                             "uint8 (height, width, 3)", "a world that renders rgb_array")
         if self.size and picture.shape[:2] != self.size:
             picture = Image.fromarray(picture).resize(self.size[::-1], Image.BOX)
@@ -161,11 +182,20 @@ class Gym:
         return self.frame(self.env.reset(seed=int(seed))[0])
 
     def step(self, row):
-        action, total, terminal = self.action(row), 0.0, False
+        action, total, terminal = self.action(row), np.zeros(len(self.spec.tasks)), False
         for _ in range(self.frameskip):
-            observation, reward, terminated, truncated, _ = self.env.step(action)
-            total, terminal = total + float(reward), terminated or truncated
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            terminal = terminated or truncated
+            total += float(reward) if self.spec.returns else self.events(info)
             self.cut = truncated and not terminated
             if terminal:
                 break
-        return self.frame(observation), np.array([total], np.float32), terminal
+        return self.frame(observation), total.astype(self.spec.event_type), terminal
+
+    def events(self, info):
+        """info["events"] of a step, {task: times} -> (tasks,)."""
+        events = info.get("events", {})
+        if other := set(events) - set(self.spec.tasks):
+            raise UserError(f"events {sorted(other)} of {self.name}", "some of its tasks "
+                            f"{self.spec.tasks}", "correct its step")
+        return np.array([events.get(task, 0) for task in self.spec.tasks], float)

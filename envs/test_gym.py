@@ -51,6 +51,42 @@ class Probe(gymnasium.Env):
         return self.buffer
 
 
+class Tasked(Probe):
+    """Probe with tasks: three in step 2; its picture is the observation."""
+    observation_space = spaces.Box(0, 255, (20, 30, 3), np.uint8)
+    tasks, prompt_order, needs = ("two", "never"), (("two", 1),), (("never", 1, 2, 3),)
+    keys, wrong = {"x": "left"}, False
+
+    def reset(self, seed=None, options=None):
+        return super().reset(seed)[1] or self.render(), {}
+
+    def step(self, action):
+        events = {"two": 3} if super().step(action)[1] == 0.2 else {}
+        events |= {"tow": 1} if self.wrong and self.steps == 3 else {}
+        return self.render(), 5.0, False, False, {"events": events}
+
+
+def test_a_world_of_ones_own_may_be_a_gymnasium_one_with_tasks(monkeypatch):
+    """Fails if events, names, keys or needs get lost, the reward is taken for one, a world
+    is reset to see its size, or a misspelt event is dropped in silence."""
+    env = make_env(f"{__name__}:Tasked")
+    assert not hasattr(env.env.env, "steps")
+    assert (env.spec.height, env.spec.width, env.keys) == (20, 30, {"x": "left"})
+    assert env.spec.tasks == ("two", "never") and not env.spec.returns
+    assert (env.spec.prompt_order, env.spec.needs) == (Tasked.prompt_order, Tasked.needs)
+    frames = [env.reset(0)]
+    for events in ([0, 0], [3, 0], [0, 0]):
+        frame, got, _ = env.step(np.float32([1]))
+        assert got.tolist() == events and got.dtype == np.uint8
+        frames.append(frame)
+    assert [frame.max() for frame in frames] == [0, 20, 40, 60]     # not one buffer
+    monkeypatch.setattr(Tasked, "wrong", True)
+    env.reset(0)
+    with pytest.raises(UserError, match="tow"):
+        for _ in range(3):
+            env.step(np.float32([1]))
+
+
 gymnasium.register("ProbeLimited-v0", Probe, kwargs={"limited": True})
 gymnasium.register("ProbeRare-v0", Probe, kwargs={"rare": True})
 for space in SPACES:

@@ -163,7 +163,7 @@ def test_imagined_successes_are_checked_in_the_simulator(monkeypatch, tmp_path):
     run.agent.act, run.agent.rewards = act, lambda h, task: h[..., 0] * (task == 0)
     dataset = data.record(KEYS, tmp_path / "set", 6, 13, 0, workers=1)
     rows = figure3_agents.evaluate_imagination(run, "BC", dataset, "fp32", per_episode=6)
-    asked = play.prompts_along(dataset).reshape(6, 13)[:, 2:8] == 0
+    asked = play.prompts_along(dataset)[0].reshape(6, 13)[:, 2:8] == 0
     by = {row.of["by"]: row.value for row in rows}
     assert 0 < asked.mean() < 1
     assert by == pytest.approx({"head in the dream": asked.mean(), "head in the game": 0,
