@@ -146,6 +146,13 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
               "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
               "train.batch": 12, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6, "train.imagine_batch": 16},
+    # the choices that the paper states, at the default's sizes
+    "letter": {"tokenizer.mae_max": 0.9, "tokenizer.local": False, "dynamics.p_boot": 1.0,
+               "dynamics.single_images": 0.3, "dynamics.time_every": 4,
+               "train.boot_after": 0.0, "agent.bc_level": "uniform", "agent.bc_weight": 1.0,
+               "agent.prompt_order": 0.0, "agent.temperature": 1.0, "agent.k": 0,
+               "agent.imagined_tasks": "all", "agent.end_on_event": False,
+               "agent.gamma": 0.997},
     # a token for each patch of a frame: more work a frame, so a smaller model and batch
     "cpu_long": {"data.episodes": 480, "tokenizer.pack": 1, "dynamics.dim": 128,
                  "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,

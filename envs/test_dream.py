@@ -83,3 +83,16 @@ def test_a_task_or_world_of_another_run_is_refused(made):
     """Fails if a wrong name is only noticed while playing."""
     with pytest.raises(UserError, match="task 'fly'"):
         DreamVector(*made, task="fly")
+
+
+@pytest.mark.slow
+def test_an_unmodified_ppo_trains_in_the_dream(made):
+    """Fails if stable-baselines3 (where it is installed) finds fault with the world."""
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    env = DreamEnv(*made, observation="h", length=8)
+    model = stable_baselines3.PPO("MlpPolicy", env, n_steps=32, batch_size=16, device="cpu")
+    before = [p.clone() for p in model.policy.parameters()]
+    model.learn(64)
+    after = list(model.policy.parameters())
+    assert any((x != y).any() for x, y in zip(before, after, strict=True))
+    assert env.action_space.contains(model.predict(env.reset(seed=0)[0])[0])

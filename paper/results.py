@@ -267,6 +267,8 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "figure5": partial(pivot, "figure5_interactions", "interaction", "kind", "sampler"),
     "figure7": partial(pivot, "figure7_labels", "share_of_gap", "labelled", "measure"),
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
+    "ppo": partial(pivot, "ppo_in_dream", "success", "agent", "task"),
+    "ppo_time": partial(pivot, "ppo_in_dream", "time", "agent", "task"),
     "rollouts": partial(pivot, "rollouts", "psnr", "film", "horizon"),
     "bench": partial(pivot, "bench", "bench", "what", "K"),
     "growth": partial(pivot, "bench", "growth", "size", "what"),
