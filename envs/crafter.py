@@ -626,20 +626,18 @@ class CrafterPlayer:
 
     def career(self):
         """Wood, table, pickaxes, furnace, iron, diamond; then whatever is left."""
-        early, sword, better_sword = self.rng.random(3) < (0.6, 0.8, 0.95)
-        yield from self.collect("wood", self.rng.integers(5, 9))
-        yield from self.go(lambda: self.cells("stone"), patience=40)
+        sword, better_sword = self.rng.random(2) < (0.8, 0.95)
+        yield from self.collect("wood", self.rng.integers(5, 7))
         yield from self.make("wood_pickaxe")
         if sword:
             yield from self.make("wood_sword")
-        yield from self.collect("stone", 7 if early else 2)
+        yield from self.collect("wood", 8)           # two tables by the rock, tools
+        yield from self.collect("stone", 7)
         yield from self.make("stone_pickaxe")
         if better_sword:
             yield from self.make("stone_sword")
-        if early:
-            yield from self.bench()
+        yield from self.bench()
         yield from self.collect("coal", 1)
-        yield from self.collect("stone", 6)
         while not (yield from self.collect("diamond", 1)):
             yield from self.wander()
         while True:
