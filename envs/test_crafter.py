@@ -205,6 +205,35 @@ def test_reader_reads_real_frames(film, reader):
     assert (reader.read(noise)[2] > reader.LEGAL).all()
 
 
+def test_the_player_knows_what_it_has_seen_alone():
+    """Fails if what no frame has shown moves it."""
+    def acts(seed, elsewhere, knows_all=False):
+        env = crafter.make("")
+        env.reset(seed)
+        world, (x, y) = env.game._world, env.game._player.pos
+        player = env.player(np.random.default_rng(0), "skilled")
+        hidden = np.ones((64, 64), bool)
+        hidden[max(x - 4, 0):x + 5, max(y - 3, 0):y + 4] = False
+        if elsewhere:
+            cells = world._mat_map[hidden]
+            world._mat_map[hidden] = np.random.default_rng(seed).permutation(cells)
+        player.map[:] = world._mat_map if knows_all else 0
+        return float(player.act()[0])
+
+    assert all(acts(seed, True) == acts(seed, False) for seed in range(12))
+    assert any(acts(seed, True, True) != acts(seed, False, True) for seed in range(12))
+
+
+def test_skilled_players_outlive_the_night():
+    """Fails if the shelter doesn't hold, or they never sleep."""
+    alive, woke = [], []
+    for seed in range(8):
+        episode = data.play_episode(crafter.make(""), 70_000, seed, 260, "skilled")
+        alive.append(episode.continues[-1])
+        woke.append(episode.events[:, Crafter().tasks.index("wake_up")].any())
+    assert sum(alive) >= 6 and sum(woke) >= 5
+
+
 def test_reader_tells_sleep_from_waking(env, reader):
     """Fails if the grey of sleep is read as day."""
     env.reset(3)
