@@ -636,8 +636,8 @@ def over_runs(x):
 
 
 def agent_rows(spec, plays, length):
-    """Episodes of all agents -> rows: achievements, steps alive, success and mean time of
-    each achievement (failures count in full). The interval of success is the wider of that
+    """Episodes of all agents -> rows: achievements, steps alive, share alive at the end,
+    success and mean time of each achievement (failures count in full). The interval of success is the wider of that
     over runs and Wilson's of all episodes, for runs without any success don't differ."""
     rows = []
     for agent in dict.fromkeys(episodes.agent for episodes in plays):
@@ -645,6 +645,7 @@ def agent_rows(spec, plays, length):
         score, alive = count_achievements(spec, first), np.minimum(first[..., -1], length)
         rows.append(Result(score_name(spec), *over_runs(score), score_name(spec), of))
         rows.append(Result("steps_alive", *over_runs(alive), "steps", of))
+        rows.append(Result("alive", *over_runs(np.isinf(first[..., -1])), "share", of))
         for task in achievements_of(spec):
             of, when = {"agent": agent, "task": spec.tasks[task]}, first[..., task]
             done = np.isfinite(when)
@@ -891,7 +892,7 @@ def markdown_table(head, rows):
 def headlines(folder):
     """Of a run's results what one looks at first, as a table; report.md has all."""
     names = ("tokenizer_psnr", "balanced_cells", "worst_class", "gain_over_copying",
-             "gain_over_shuffled", "achievements", "achievements_gain", "return",
+             "gain_over_shuffled", "achievements", "achievements_gain", "alive", "return",
              "return_gain", "wall_minutes")
     return results_table([row for row in read_results(folder) if row.name in names])
 

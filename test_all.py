@@ -3049,6 +3049,7 @@ def test_comparison_of_agents_against_known_values(tmp_path):
     assert row("achievements").value == 0.75
     assert row("achievements", "imagination").value == 1.5
     assert row("steps_alive").value == (10 + 8 + 9 + 10) / 4
+    assert row("alive").value == 0.5 and row("alive", "imagination").value == 1
     assert row("time", task="four").value == (3 + 10 + 5 + 7) / 4
     assert row("success", task="four")[1:5] == (0.75, 0.0, 1.0, 4)  # t over 2 runs is wide
     assert row("success", "random", task="four")[2:4] == play.wilson(0, 2)

@@ -265,6 +265,7 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "tests": partial(pivot, "agents", "p_value", "task", "agent"),
     "imagined": partial(pivot, "agents", "imagined_success", "agent", "by"),
     "figure5": partial(pivot, "figure5_interactions", "interaction", "kind", "sampler"),
+    "figure6": partial(pivot, "figure6_robot", "block_error", "film", "horizon"),
     "figure7": partial(pivot, "figure7_labels", "share_of_gap", "labelled", "measure"),
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
     "ppo": partial(pivot, "ppo_in_dream", "success", "agent", "task"),
