@@ -637,8 +637,9 @@ def over_runs(x):
 
 def agent_rows(spec, plays, length):
     """Episodes of all agents -> rows: achievements, steps alive, share alive at the end,
-    success and mean time of each achievement (failures count in full). The interval of success is the wider of that
-    over runs and Wilson's of all episodes, for runs without any success don't differ."""
+    success and mean time of each achievement (failures count in full). The interval of
+    success is the wider of that over runs and Wilson's of all episodes, for runs without
+    any success don't differ."""
     rows = []
     for agent in dict.fromkeys(episodes.agent for episodes in plays):
         first, of = firsts_of(plays, agent), {"agent": agent}
