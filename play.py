@@ -1444,9 +1444,17 @@ def unpack(path):
     """A packed run -> runs/NAME with the checkpoints that training would have left, made
     where it isn't there yet."""
     folder, state = Path("runs") / Path(path).stem, load_checkpoint(path)
+    if "data" not in state:
+        raise UserError(f"Got {path}, which is no packed run, need one of 'python play.py "
+                        "pack': name the folder of a run.")
     about = {"packed": sha256_of(path), "data": state.pop("data")}
-    if (folder / "config.json").exists() and read_json(folder / "config.json") == about:
-        return folder
+    if folder.exists():
+        there = read_json(folder / "config.json")
+        if there == about:
+            return folder
+        if "packed" not in there:
+            raise UserError(f"Got {path}, whose folder {folder} is a run, need another "
+                            "name: rename the file.")
     for module, name in packed_names(state):
         x = state[module][name].float()
         if is_ahead(module, name):

@@ -384,7 +384,8 @@ def test_events_are_counts_that_do_not_wrap(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_order": (("fuor", 1),)},
-                                   {"achievements": ("fuor",)}])
+                                   {"achievements": ("fuor",)},
+                                   {"needs": (("fuor", 1, 2, 3),)}])
 def test_a_task_that_is_none_is_refused_by_the_spec(wrong):
     """Fails if a typing error in a prompt is found in the last evaluation."""
     with pytest.raises(UserError, match="fuor"):
@@ -1843,6 +1844,56 @@ def test_a_world_without_prompts_done_is_cloned_by_events_alone(keys, monkeypatc
     assert [n for n, _ in kinds] == [40, 0]
 
 
+def test_rarer_prompts_are_drawn_by_the_root_of_their_frames(keys):
+    """Fails if prompts are drawn as often as they occur or all alike, or a frame never."""
+    recordings = recordings_of(keys)
+    windows = recordings.cloned(1, 8, 1.0)[1][1]
+    frames, begin, count = recordings.on_the_way(windows)
+    episode, start, task = recordings.sample_on_the_way(np.random.default_rng(0), 4000,
+                                                        windows)
+    share = [(task == p).mean() for p in recordings.along[0][frames[begin]]]
+    root = np.sqrt(count) / np.sqrt(count).sum()
+    assert np.abs(share - root).max() < 0.03
+    assert np.abs(count / count.sum() - root).max() > 0.05          # control
+    assert set(keys.offsets[episode] + start + 7) == set(frames)
+
+
+def test_the_agent_stage_clones_its_share_on_the_way(copy, monkeypatch):
+    """Fails if --agent.prompt_order isn't the share of the cloned rows."""
+    counts = []
+
+    def read(self, rng, kinds, real=train.Recordings.read):
+        counts.append({w.prompted: n for n, w in kinds if w.relevant})
+        return real(self, rng, kinds)
+
+    monkeypatch.setattr(train.Recordings, "read", read)
+    monkeypatch.setattr(train, "imitation_check", lambda *_: {})
+    for share in (0.25, 1.0):
+        counts.clear()
+        train_here(copy[0], *of("agent", "--resume", "no", "--train.batch", 16,
+                                "--agent.prompt_order", share))
+        assert len(counts) == 8
+        assert all(n[True] == round(share * sum(n.values())) for n in counts)
+
+
+def test_imagination_practises_the_tasks_of_the_prompts_or_all(keys, copy, monkeypatch):
+    """Fails if the choice is turned round, or "all" is told the prompts of then."""
+    recordings = recordings_of(keys)
+    recordings.spec = replace(keys.spec, prompt_order=(("both_keys", 0),))
+    for every, tasks in ((False, {1}), (True, {0, 1})):
+        (n, windows), = recordings.before_event(50, 4, 6, every)
+        assert set(keys.sample(np.random.default_rng(0), n, windows)[2]) == tasks
+    told = []
+
+    def read(self, *how, real=train.Recordings.read):
+        told.append(self.told)
+        return real(self, *how)
+
+    monkeypatch.setattr(train.Recordings, "read", read)
+    train_here(copy[0], *of("imagine", "--resume", "no", "--agent.imagined_tasks", "all"))
+    assert told and not any(told)
+
+
 def test_imagination_starts_before_the_event_with_the_prompt_of_then(keys):
     """Fails if a chosen start has its event behind it or out of reach, or the other rows
     are told another task than the prompt order asks for at their end."""
@@ -3226,6 +3277,7 @@ def test_a_packed_run_is_the_run_in_half_the_bits(copy, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["play.py", *map(str, words)])
         play.main()
 
+    trained = {p.name: p.read_bytes() for p in run.glob("*.pt")}
     command("pack", "--run", run)
     assert (folder / "demo.pt").stat().st_size < 0.5 * (run / "imagine.pt").stat().st_size
     command("eval", "--run", "demo.pt", "--episodes", 2, "--length", 4)
@@ -3251,11 +3303,23 @@ def test_a_packed_run_is_the_run_in_half_the_bits(copy, monkeypatch, capsys):
     state = train.load_checkpoint("demo.pt")
     train.save_checkpoint("demo.pt", state | {"step": 3})
     assert load_run(play.unpack("demo.pt")).meta["step"] == 3
+    assert not play.read_results(folder / "runs/demo")      # those were of the other one
+    shutil.copy("demo.pt", "base.pt")                       # but runs/base was trained
+    for path, match in ((run / "imagine.pt", "no packed run"), ("base.pt", "base")):
+        with pytest.raises(UserError, match=match):
+            play.unpack(path)
+    assert {p.name: p.read_bytes() for p in run.glob("*.pt")} == trained
     seen = []
     monkeypatch.setattr(play, "serve", lambda args: seen.append(args.run))
     shutil.rmtree(folder / "runs/crafter", ignore_errors=True)
     command()
     assert seen == [Path("runs/demo")] and "train your own" in capsys.readouterr().out
+    (folder / "runs/crafter").mkdir()
+    command()
+    assert Path(seen[-1]) == Path("runs/crafter")                   # one's own goes first
+    demo = (folder / "demo.pt").read_bytes()
+    command("pack", "--run", run, "--out", "small.pt")
+    assert (folder / "small.pt").exists() and (folder / "demo.pt").read_bytes() == demo
 
 
 def test_prompts_advance_by_real_events(dataset):
@@ -3309,6 +3373,30 @@ def test_needs_break_in_until_they_are_met_or_given_up():
     # due at 3, met at 4 where the other one is due, due at 8, given up after 2 more steps
     assert zero == (0, 0, 2, 1, 1, 1, 1, 2, 2, 2, 0)
     assert one == (0, 0, 2, 2, 2, 1, 1, 1, 0, 2, 2)
+
+
+def test_what_is_done_while_a_need_is_asked_for_counts():
+    """Fails if the order sleeps while a need is asked for."""
+    spec = replace(KeyEnv.spec, tasks=("four", "both_keys", "rest"), prompt_order=(
+        ("four", 1), ("both_keys", 0)), needs=(("rest", 1, 1, 9),))
+    order = play.PromptOrder(spec, 1)
+    for events, task in (([0, 0, 0], 2), ([1, 0, 0], 2), ([0, 0, 1], 1)):
+        order.advance(np.array([events]))
+        assert order.task.tolist() == [task]
+
+
+def test_needs_are_due_in_recordings_and_game_as_in_the_evaluation(
+        dataset, monkeypatch, tmp_path):
+    """Fails if row 0, to which no step led, counts as one."""
+    spec = replace(KeyEnv.spec, prompt_order=(("four", 0),),
+                   needs=(("both_keys", 99, 3, 9),))
+    monkeypatch.setattr(dataset, "spec", spec)
+    assert play.prompts_along(dataset)[0][:9].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 0]
+    session, asked = game(tmp_path, env=type("NeedsEnv", (KeyEnv,), {"spec": spec})), []
+    for _ in range(3):
+        session.handle({"op": "step"})
+        asked.append(int(session.order.task[1]))
+    assert asked == [0, 0, 1]
 
 
 def test_cached_h_equals_recomputed_h_after_a_change_of_task(silence):
@@ -3735,6 +3823,8 @@ def test_actions_on_the_command_line_make_a_film(tmp_path, monkeypatch, capsys):
     """Fails if words are matched to other actions, a name with blanks can't be typed, or
     an unknown one or a quote without end is not one line."""
     session = game(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(play, "DEMO", tmp_path / "none")
     monkeypatch.setattr(play, "open_session", lambda args: session)
     words = ["play.py", "dream", "--out", str(tmp_path / "x.gif"), "--actions"]
     names = "noop", "left", "jump up", "move_up", "dig"

@@ -190,7 +190,7 @@ class Gym:
             self.cut = truncated and not terminated
             if terminal:
                 break
-        return self.frame(observation), total.astype(self.spec.event_type), terminal
+        return self.frame(observation), total, terminal
 
     def events(self, info):
         """info["events"] of a step, {task: times} -> (tasks,)."""

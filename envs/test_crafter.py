@@ -48,6 +48,7 @@ def test_the_name_makes_a_world_with_a_key_for_every_action():
     assert list(keys) == list(env.spec.action_names) and keys["noop"] == ""
     assert len(set(keys.values())) == 17 and len(env.spec.achievements) == 10
     assert {task for task, _ in env.spec.prompt_order} <= set(env.spec.tasks)
+    assert [task for task, *_ in env.spec.needs] == ["wake_up", "collect_drink", "eat_cow"]
     pytest.raises(data.UserError, crafter.make, "64x64")
 
 
@@ -222,6 +223,24 @@ def test_the_player_knows_what_it_has_seen_alone():
 
     assert all(acts(seed, True) == acts(seed, False) for seed in range(12))
     assert any(acts(seed, True, True) != acts(seed, False, True) for seed in range(12))
+
+
+def test_the_player_sees_what_its_frame_shows_alone(env):
+    """Fails if it knows a cell or creature beyond the 9x7 of its frame, or misses one in
+    it."""
+    beyond = 0
+    for seed in range(4):
+        env.reset(seed)
+        player, (x, y) = env.player(data.rng_for(0, "", 0), "skilled"), env.game._player.pos
+        player.act()
+        assert set(map(tuple, np.argwhere(player.map).tolist())) == {
+            (x + i, y + j) for i in range(-4, 5) for j in range(-3, 4)}
+        things = [tuple(map(int, thing.pos)) for thing in env.game._world.objects]
+        seen = {p for p in things if abs(p[0] - x) <= 4 and abs(p[1] - y) <= 3}
+        mask = player.creatures("Player", "Cow", "Zombie", "Skeleton", "Plant")
+        assert set(map(tuple, np.argwhere(mask).tolist())) == seen
+        beyond += len(things) - len(seen)
+    assert beyond > 20                                              # control
 
 
 def test_skilled_players_outlive_the_night():

@@ -55,13 +55,13 @@ class Tasked(Probe):
     """Probe with tasks: three in step 2; its picture is the observation."""
     observation_space = spaces.Box(0, 255, (20, 30, 3), np.uint8)
     tasks, prompt_order, needs = ("two", "never"), (("two", 1),), (("never", 1, 2, 3),)
-    keys, wrong = {"x": "left"}, False
+    keys, wrong, times = {"x": "left"}, False, 3
 
     def reset(self, seed=None, options=None):
         return super().reset(seed)[1] or self.render(), {}
 
     def step(self, action):
-        events = {"two": 3} if super().step(action)[1] == 0.2 else {}
+        events = {"two": self.times} if super().step(action)[1] == 0.2 else {}
         events |= {"tow": 1} if self.wrong and self.steps == 3 else {}
         return self.render(), 5.0, False, False, {"events": events}
 
@@ -80,6 +80,9 @@ def test_a_world_of_ones_own_may_be_a_gymnasium_one_with_tasks(monkeypatch):
         assert got.tolist() == events and got.dtype == np.uint8
         frames.append(frame)
     assert [frame.max() for frame in frames] == [0, 20, 40, 60]     # not one buffer
+    monkeypatch.setattr(Tasked, "times", 300)
+    env.reset(0)
+    assert [env.step(np.float32([1]))[1][0] for _ in range(2)] == [0, 255]
     monkeypatch.setattr(Tasked, "wrong", True)
     env.reset(0)
     with pytest.raises(UserError, match="tow"):
@@ -87,6 +90,17 @@ def test_a_world_of_ones_own_may_be_a_gymnasium_one_with_tasks(monkeypatch):
             env.step(np.float32([1]))
 
 
+def test_tasks_are_found_behind_gymnasiums_wrappers():
+    """Fails if a registered world's tasks, needs or keys get lost, or its reward is the
+    task."""
+    env = make_env("gym:ProbeTasked-v0")
+    assert (env.spec.tasks, env.spec.needs, env.keys) == (
+        Tasked.tasks, Tasked.needs, Tasked.keys)
+    env.reset(0)
+    assert [env.step(np.float32([1]))[1].tolist() for _ in range(2)] == [[0, 0], [3, 0]]
+
+
+gymnasium.register("ProbeTasked-v0", Tasked)
 gymnasium.register("ProbeLimited-v0", Probe, kwargs={"limited": True})
 gymnasium.register("ProbeRare-v0", Probe, kwargs={"rare": True})
 for space in SPACES:

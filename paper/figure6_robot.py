@@ -57,8 +57,8 @@ def pushed_clip(dataset):
 
 @torch.no_grad()
 def counterfactuals(run, dataset, dtype):
-    """Film uint8 (T, 2 * 96, 5 * 96, 3): five movements of the hand from one state, above
-    imagined, below true."""
+    """Film uint8 (FILM, 2 * 102, 5 * 102, 3), with borders: five movements of the hand from
+    one state, above imagined, below true."""
     i, start = pushed_clip(dataset)
     clip = read_clips(dataset, [i], [start], CONTEXT, run.device)
     actions, real = [], []

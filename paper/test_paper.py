@@ -1,5 +1,6 @@
 """Tests of paper/: CPU, offline, seeded, on a toy environment."""
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ import data
 import play
 from agent import Agent, AgentConfig, Run
 from data import ActionSpec, EnvSpec, UserError
-from dynamics import Dream, Dynamics, DynamicsConfig
+from dynamics import Batch, Dream, Dynamics, DynamicsConfig
 from envs import crafter
-from paper import (bench, figure3_agents, figure5_interactions, figure7_labels,
-                   figure8_sampling, results, rollouts)
+from paper import (bench, figure3_agents, figure5_interactions, figure6_robot,
+                   figure7_labels, figure8_sampling, ppo_in_dream, results, rollouts)
 from tokenizer import Tokenizer, TokenizerConfig, Transformer
 
 CPU = torch.device("cpu")
@@ -173,6 +174,95 @@ def test_imagined_successes_are_checked_in_the_simulator(monkeypatch, tmp_path):
     recorded = dataset.read(clips.episode, clips.start, 8)["events"]
     assert np.array_equal(frames, clips.frames[:, 3:])
     assert np.array_equal(events, recorded[:, 3:])
+
+
+def test_all_agents_beside_ppo_are_told_its_one_task(monkeypatch):
+    """Fails if one is asked for something else, BC is imagination, or PPO doesn't act."""
+    played, rows = [], []
+    names = "random", "BC", "imagination", "PPO in the dream"
+
+    def episodes(worlds, length, player=None, dtype=""):
+        played.append((worlds, player))
+        return np.full((len(worlds.seeds), 3), float(len(played)))
+
+    def load(_, stage, *rest):
+        return replace(key_run(), stage=stage, spec=spec)
+
+    model = SimpleNamespace(predict=lambda h: (h.argmax(1), None))
+    spec = replace(KeyEnv.spec, needs=(("four", 1, 1, 2),))
+    stubs = {"load_run": load, "play_episodes": episodes,
+             "reference_of": lambda _: SimpleNamespace(path=""),
+             "train_ppo": lambda *_: (model, 2.0), "data_config": lambda _: {"env": KEYS},
+             "VecEnv": lambda _, seeds: nullcontext(SimpleNamespace(seeds=seeds))}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(ppo_in_dream, name, stub)
+    monkeypatch.setattr(results, "save", lambda name, found: rows.extend(found))
+    monkeypatch.setattr(sys, "argv", ["x", "--task", "both_keys", "--episodes", "5",
+                                      "--device", "cpu"])
+    ppo_in_dream.main()
+    assert all(w.spec.prompt_order == (("both_keys", 0),) and not w.spec.needs
+               and w.seeds == range(50_000, 50_005) for w, _ in played)
+    assert [p and p.stage for _, p in played] == [None, "agent", "imagine", "imagine"]
+    act = played[3][1].agent.act
+    assert act(torch.eye(16)[[2, 5]], None, 1.0).tolist() == [[2], [5]]
+    of = {"task": "both_keys"}
+    assert [value_of(rows, "time", of | {"agent": a}) for a in names] == [1, 2, 3, 4]
+
+
+def test_counterfactuals_begin_where_the_shown_frames_end(monkeypatch):
+    """Fails if the simulator is led elsewhere than the frame shown last, or takes other
+    actions than the dream."""
+    rows = np.arange(60, dtype=np.float32).repeat(2).reshape(60, 2)
+    worlds, seen = [], []
+
+    class Toy:
+        agent = SimpleNamespace(position=(250, 250))
+        env = property(lambda self: SimpleNamespace(unwrapped=self))
+        row = staticmethod(np.float32)
+
+        def reset(self, seed):
+            worlds.append([seed])
+
+        def step(self, row):
+            worlds[-1].append(row[0])
+            return np.zeros((96, 96, 3), np.uint8), 0, False
+
+    def dreamed(run, batch, horizon):
+        seen.append(batch)
+        return torch.zeros(5, 28, 96, 96, 3, dtype=torch.uint8)
+
+    batch = Batch(torch.zeros(1, 16, 2, 3), torch.from_numpy(rows[None, 3:19]),
+                  torch.ones(1, 16).bool())
+    stubs = {"make": lambda _: Toy(), "pushed_clip": lambda _: (1, 3),
+             "read_clips": lambda *_: None, "encode": lambda *_: batch,
+             "dream_clips": dreamed}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(figure6_robot, name, stub)
+    dataset = SimpleNamespace(settings={"seed": 7}, episode=lambda i: {"actions": rows})
+    film = figure6_robot.counterfactuals(SimpleNamespace(device=CPU), dataset, "fp32")
+    assert len(worlds) == 5 and all(w[:19] == [8, *range(1, 19)] for w in worlds)
+    assert [w[19] for w in worlds] == [225, 275, 250, 250, 250]
+    assert seen[0].actions[:, 16:, 0].tolist() == [w[19:] for w in worlds]
+    assert film.shape == (12, 2 * 102, 5 * 102, 3)
+
+
+def test_the_block_is_scored_where_it_was_pushed(monkeypatch):
+    """Fails if a horizon is off by one, finger and block swap, or a block at rest
+    counts."""
+    monkeypatch.setattr(figure6_robot, "places", lambda x: x)
+    real = np.zeros((4, 32, 2, 2))
+    real[:3, 16:, 1, 0] = 5                     # three of four are pushed, at first
+    off = real.copy()
+    off[:, 16, 0] += (3, 4)
+    off[:, 19, 1, 1] += 2
+    off[3, :, 1] += 50
+    films = dict.fromkeys(("copy", "shuffled", "reconstruction"), real) | {"dream": off}
+    rolled = SimpleNamespace(real=real, context=16, films=films)
+    rows = figure6_robot.score_places(rolled)
+    for name, h, value, n in (("finger", 1, 5, 4), ("finger", 2, 0, 4), ("block", 1, 0, 3),
+                              ("block", 4, 2, 3)):
+        row = play.find(rows, f"{name}_error", {"film": "dream", "horizon": h})
+        assert (row.value, row.n) == (value, n)
 
 
 def test_branches_of_a_world_leave_it_as_it_is():
