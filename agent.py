@@ -30,7 +30,7 @@ MTP = 8                     # L of Eq. 9: the heads predict distances 0 .. L
 BINS = 255                  # of the symexp two-hot heads
 LAMBDA = 0.95               # of Eq. 10
 PMPO_ALPHA = 0.5            # of Eq. 11
-RELEVANT = 0.5              # share of rows that show a task being done
+RELEVANT = 0.5              # share of rows chosen for their task
 TERMINAL_WEIGHT = 20.0      # of the rare class in the continue head's loss
 
 
@@ -249,7 +249,8 @@ def agent_losses(agent, h, batch, cloned):
     # policy: actions that are labelled, lie in the window, stand in a cloned row, and were
     # taken under its task
     labelled, valid = targets_ahead(batch.labelled, 1, MTP)
-    valid = valid & labelled & (cloned[:, None] & batch.asked)[..., None]
+    asked, _ = targets_ahead(batch.asked, 0, MTP)
+    valid = valid & labelled & asked & (cloned[:, None] & batch.asked)[..., None]
     actions, _ = targets_ahead(batch.actions, 1, MTP)
     policy = action_log_prob(agent.spec, agent.policy(h), actions)
 

@@ -297,7 +297,7 @@ def users_code(name):
                         "one that runs", "see the traceback above") from None
 
 
-COPYABLE = {}                                       # class of worlds: they can be copied
+COPYABLE = {}                                       # name of a world: it can be copied
 
 
 class CheckedEnv:
@@ -315,7 +315,7 @@ class CheckedEnv:
     def reset(self, seed):
         with users_code(self.spec.name):
             frame = self.checked("a frame", self.env.reset(seed), np.uint8)
-            kind = type(self.env)
+            kind = self.spec.name
             if kind not in COPYABLE:                # the first world of its kind
                 COPYABLE[kind] = False
                 if getattr(self.env, "copyable", False):
@@ -874,7 +874,7 @@ def begin_recording(spec, out, settings):
         begun = old["settings"].get(name)
         if value != begun:
             raise UserError(f"{name} = {value} for {out}, begun with {begun}", "the same",
-                            "use another --out")
+                            "use another --out, or delete it")
     todo = []
     for index in range(settings["episodes"]):
         try:

@@ -581,25 +581,31 @@ class Episodes(NamedTuple):
     first: np.ndarray
 
 
-def played(folder, worlds, agent, length, device, dtype="auto", temperature=1.0):
-    """Episodes of an agent of AGENTS in `worlds`. They are kept in RUN/episodes, and read
-    back where the same checkpoint is asked for the same again."""
+def played(folder, worlds, agent, length, device, dtype="auto", temperature=0.0):
+    """Episodes of an agent of AGENTS in `worlds`, sampled at a temperature (0: its own).
+    They are kept in RUN/episodes, and read back where the same checkpoint is asked for the
+    same again."""
     folder, seeds, stage = Path(folder), worlds.seeds, AGENTS[agent]
-    name = f"{worlds.name}_{agent}_{seeds[0]}_{len(seeds)}x{length}"
+    name, run, own = f"{worlds.name}_{agent}_{seeds[0]}_{len(seeds)}x{length}", None, 1.0
     if stage:
+        run = load_run(folder, stage, device, dtype)
+        own = run.agent.cfg.temperature         # it was made so much colder already
+        temperature = temperature or own
         crc = zlib.crc32((folder / f"{stage}.pt").read_bytes())
         name += f"_t{temperature:g}_{pick_dtype(device, dtype)}_{crc:08x}"
+    if agent == "player":                       # another player, other reference episodes
+        name += f"_{reference_of(folder).fingerprint[:8]}"
     path = folder / "episodes" / f"{file_name(name)}.npy"
     if path.exists():
         print(f"{path} is there; delete it to play again.")
         return Episodes(agent, folder.name, np.load(path))
-    print(f"{folder}, {agent}, temperature {temperature:g}: {len(seeds)} episodes of "
-          f"{length} steps.", flush=True)
+    at = f", temperature {temperature:g}" if stage else ""
+    print(f"{folder}, {agent}{at}: {len(seeds)} episodes of {length} steps.", flush=True)
     if agent == "player":
         first = play_recorded(worlds, length)
     else:
-        run = load_run(folder, stage, device, dtype) if stage else None
-        first = play_episodes(worlds, length, run, dtype, temperature=temperature)
+        colder = temperature / own or 1.0
+        first = play_episodes(worlds, length, run, dtype, temperature=colder)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda file: np.save(file, first))
     return Episodes(agent, folder.name, first)
@@ -1448,13 +1454,12 @@ def unpack(path):
         raise UserError(f"Got {path}, which is no packed run, need one of 'python play.py "
                         "pack': name the folder of a run.")
     about = {"packed": sha256_of(path), "data": state.pop("data")}
-    if folder.exists():
-        there = read_json(folder / "config.json")
-        if there == about:
-            return folder
-        if "packed" not in there:
-            raise UserError(f"Got {path}, whose folder {folder} is a run, need another "
-                            "name: rename the file.")
+    there = folder / "config.json"
+    if there.exists() and read_json(there) == about:
+        return folder
+    if (folder / "tokenizer.pt").exists():
+        raise UserError(f"Got {path}, whose folder {folder} is a run, need another name: "
+                        "rename the file.")
     for module, name in packed_names(state):
         x = state[module][name].float()
         if is_ahead(module, name):

@@ -1310,7 +1310,7 @@ def test_eq9_agent_losses_equal_a_naive_loop():
                  for question in agent.question.weight]
         for n in range(MTP + 1):
             known = t + 1 + n < T and batch.labelled[b, t + 1 + n]
-            if b > 0 and known and batch.asked[b, t]:
+            if b > 0 and known and batch.asked[b, t] and batch.asked[b, t + n]:
                 bc.append((n, -float(policy[n, int(batch.actions[b, t + 1 + n, 0])])))
             if t + n < T:
                 x = batch.events[b, t + n, task] if task < 3 else 0.0

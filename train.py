@@ -146,7 +146,7 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
               "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
               "train.batch": 12, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6, "train.imagine_batch": 16},
-    # the choices that the paper states, at the default's sizes
+    # the choices that the paper states, as far as they are flags, at the default's sizes
     "letter": {"tokenizer.mae_max": 0.9, "tokenizer.local": False, "dynamics.p_boot": 1.0,
                "dynamics.single_images": 0.3, "dynamics.time_every": 4,
                "train.boot_after": 0.0, "agent.bc_level": "uniform", "agent.bc_weight": 1.0,
@@ -762,7 +762,8 @@ class Recordings:
         their task being done, and a share that end on the way to what is asked for."""
         windows = Windows(length, self.rare, first=self.labelled_episodes)
         on_the_way = windows._replace(prompted=True)
-        some = round(prompt_order * n) if len(self.on_the_way(on_the_way)[0]) else 0
+        there = prompt_order and len(self.on_the_way(on_the_way)[0])
+        some = round(prompt_order * n) if there else 0
         return [(n - some, windows), (some, on_the_way)]
 
     def before_event(self, n, length, horizon, all_tasks=False):
@@ -989,7 +990,8 @@ def train_agent(job):
         compile_module(dynamics, job.device)
 
     def loss_fn(draws):
-        # the last rows show their task being done and are cloned, the others are anywhere
+        # the last rows show their task being done, or the way there, and are cloned; the
+        # others are anywhere
         B, T = batch_shape(job.train, draws.step, job.steps)
         n = min(round(RELEVANT * B / PROCESSES), B // PROCESSES - 1)    # in each process
         others = B - n * PROCESSES

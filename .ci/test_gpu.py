@@ -36,7 +36,7 @@ def play_batch(device):
     actions = torch.randint(5, (B, T, 1), generator=generator).float()
     events = (torch.rand(B, T, 3, generator=generator) < 0.1).float()
     batch = Batch(z, actions, torch.ones(B, T).bool(), torch.zeros(B, T).long(), events,
-                  torch.ones(B, T))
+                  torch.ones(B, T), asked=torch.ones(B, T).bool())
     return batch.to(device)
 
 

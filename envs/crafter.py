@@ -648,7 +648,7 @@ class CrafterPlayer:
 
 
 # --------------------------------------------------------------- interactions (Section 4.2)
-INTERACTIONS = 2            # version of the scripts and of how their contexts are chosen
+INTERACTIONS = 3            # version of the scripts and of how their contexts are chosen
 # actions to try, {item: change of its number} and cells walked that must come of them
 Script = collections.namedtuple("Script", "actions gain walked", defaults=((0, 0),))
 DIGGING = {"tree": "cut_a_tree", "water": "drink", "stone": "mine_stone",

@@ -114,25 +114,31 @@ class Gym:
         actions = ActionSpec(tuple(n for sizes, _ in columns for n in sizes),
                              sum(numbers for _, numbers in columns))
         if size is None:
-            shape = getattr(env.observation_space, "shape", None) or ()
-            if len(shape) != 3 or shape[-1] != 3:       # it is no picture
+            space = env.observation_space
+            shape = getattr(space, "shape", None) or ()
+            if len(shape) != 3 or shape[-1] != 3 or space.dtype != np.uint8:    # no picture
                 shape = self.frame(env.reset(seed=0)[0]).shape
             height, width = shape[:2]
             share = min(1.0, LARGEST / max(height, width))
             self.size = max(1, round(height * share)), max(1, round(width * share))
         idle = [i for space in leaves(env.action_space) for i in idle_of(space, bins)]
-        if tasks := getattr(env.unwrapped, "tasks", ()):
-            has = {key: getattr(env.unwrapped, key, ()) for key in SETTINGS}
+        self.ours = env.has_wrapper_attr("tasks")
+        if self.ours:
+            tasks = tuple(env.get_wrapper_attr("tasks"))
+            has = {key: env.get_wrapper_attr(key) for key in SETTINGS
+                   if env.has_wrapper_attr(key)}
             self.spec = EnvSpec(name, *self.size, actions, tasks, **has, idle=tuple(idle))
         else:
             self.spec = EnvSpec(name, *self.size, actions, ("return",), (("return", 0),),
                                 returns=True, idle=tuple(idle))
 
     def __getattr__(self, name):
-        """The world's player, keys, probe, ... are this one's too."""
-        if name == "env" or name.startswith("__"):  # subtle: asked for while it is copied
+        """Player, keys, probe, ... of a world with tasks. Others may mean something else
+        by such a name."""
+        # subtle: asked for while it is copied, too
+        if name in ("env", "ours") or name.startswith("__") or not self.ours:
             raise AttributeError(name)
-        return getattr(self.env.unwrapped, name)
+        return self.env.get_wrapper_attr(name)
 
     def frame(self, observation):
         """uint8 (H, W, 3): the observation if it is a picture, else what is rendered;

@@ -154,9 +154,9 @@ class Pusher:
 def read_places(frames):
     """Frames uint8 (N, 96, 96, 3) -> centres (x, y) in pixels of finger and block, (N, 2,
     2); nan where nothing has its colour. A pixel belongs to the nearest of the colours."""
-    names = np.array([FINGER, BLOCK, GREEN, (255, 255, 255), (211, 211, 211)], float)
-    x = np.asarray(frames, float)[..., None, :] - names
-    nearest = np.square(x).sum(-1).argmin(-1)                       # (N, 96, 96)
+    colours = np.float32([FINGER, BLOCK, GREEN, (255, 255, 255), (211, 211, 211)])
+    far = [np.square(frames - colour).sum(-1) for colour in colours]
+    nearest = np.argmin(far, 0)                                     # (N, 96, 96)
     y, x = np.mgrid[:frames.shape[1], :frames.shape[2]] + 0.5
     places = []
     for colour in (0, 1):

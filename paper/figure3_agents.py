@@ -68,7 +68,8 @@ def significance(spec, plays, a, b):
 
 
 class Contender(NamedTuple):
-    """An agent of the comparison; temperature None: the best of TEMPERATURES."""
+    """An agent of the comparison; temperature None: the best of TEMPERATURES, 0: the one
+    that it was made with."""
     name: str
     runs: list
     stage: str
@@ -81,8 +82,8 @@ def parse_agent(text, folder):
     name, pattern, stage, heat = match.groups() if match else ("", "-", "", "1")
     runs = [path for path in sorted(Path(folder).parent.glob(pattern))
             if (path / f"{stage}.pt").exists()]
-    temperature = None if heat == "best" else float(heat or 1)
-    if not runs or temperature == 0:
+    temperature = None if heat == "best" else float(heat or 0)
+    if not runs or (heat and temperature == 0):
         raise UserError(f"Got --agent {text!r}, need NAME=RUNS:STAGE@TEMPERATURE (above 0, "
                         "or best) of runs with that stage, like BC=seed*:agent@0.5.")
     return Contender(name, runs, stage, temperature)

@@ -28,7 +28,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "stay"
 def places(frames):
     """read_places of films (n, T, 96, 96, 3): (n, T, 2, 2). What is gone counts as in the
     middle of the picture."""
-    found = read_places(frames.flatten(0, 1).cpu().numpy()).reshape(*frames.shape[:2], 2, 2)
+    found = np.stack([read_places(film.cpu().numpy()) for film in frames])
     return np.where(np.isnan(found), frames.shape[2] / 2, found)
 
 

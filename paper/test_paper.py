@@ -83,6 +83,9 @@ def test_agents_are_data_on_the_command_line(tmp_path):
     (tmp_path / "seed1" / "agent.pt").touch()
     bc = figure3_agents.parse_agent("BC, low T=seed*:agent@0.5", tmp_path / "x")
     assert bc == ("BC, low T", [tmp_path / "seed1"], "agent", 0.5)
+    for text, temperature in (("@best", None), ("", 0)):
+        bc = figure3_agents.parse_agent(f"BC=seed1:agent{text}", tmp_path / "x")
+        assert bc.temperature == temperature
     for text in ("BC=seed0:agent", "BC=seed1:imagine", "BC=seed1:agent@0", "BC=seed1"):
         with pytest.raises(UserError, match="NAME=RUNS:STAGE"):
             figure3_agents.parse_agent(text, tmp_path / "x")
