@@ -297,7 +297,7 @@ def users_code(name):
                         "one that runs", "see the traceback above") from None
 
 
-COPYABLE = {}                                       # name of a world: it can be copied
+COPYABLE = {}                                       # class and name: it can be copied
 
 
 class CheckedEnv:
@@ -315,7 +315,7 @@ class CheckedEnv:
     def reset(self, seed):
         with users_code(self.spec.name):
             frame = self.checked("a frame", self.env.reset(seed), np.uint8)
-            kind = self.spec.name
+            kind = type(self.env), self.spec.name
             if kind not in COPYABLE:                # the first world of its kind
                 COPYABLE[kind] = False
                 if getattr(self.env, "copyable", False):
