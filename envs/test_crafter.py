@@ -310,7 +310,8 @@ def test_compare_of_reconstructions(film, reader):
     """Fails if cells count at night, or what isn't held counts as an item that is right."""
     frames, probes = film
     right = total(reader.compare(frames, probes))
-    days = ((probes["probe_player"][:, 0] >= 128) & (probes["probe_player"][:, 1] == 0)).sum()
+    light, asleep = probes["probe_player"][:, :2].T
+    days = ((light >= 128) & (asleep == 0)).sum()
     held = (probes["probe_inventory"] > 0).sum()
     black = total(reader.compare(np.zeros_like(frames), probes))    # control
     assert right == {"cells": (63 * days, 63 * days), "inventory": (held, held)}
