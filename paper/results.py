@@ -301,7 +301,7 @@ def front_picture():
     """assets/agents.png: success of four agents, by achievement."""
     four = ("random", "BC", "imagination", "player")
     rows = [Result(*(getattr(row, field) for field in Result._fields))
-            for row in load("agents") if row.of.get("agent") in four]
+            for row in load("default") if row.of.get("agent") in four]
     measured = tuple(dict.fromkeys(row.of["task"] for row in rows if row.name == "success"))
     spec = replace(make_env("crafter").spec, achievements=measured)
     picture_agents(ROOT / "assets" / "agents.png", spec, rows, "success")
