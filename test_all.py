@@ -1837,6 +1837,19 @@ def test_a_share_of_the_cloned_rows_is_on_the_way_to_its_prompt(keys, far, monke
             assert not batch.asked.all() and len(set(task[:, 0])) == 2
 
 
+def test_long_windows_without_an_event_are_refused_before_training(copy, monkeypatch):
+    """Fails if the agent stage ends at its first long batch, after hours of the others."""
+    class ShortLives(data.Dataset):
+        """What is done is done in an episode that a long window doesn't fit into."""
+        def __init__(self, path):
+            super().__init__(path)
+            self.events = np.array([[int(np.argmin(self.lengths)), 7, 1]])
+
+    monkeypatch.setattr(train, "Dataset", ShortLives)
+    with pytest.raises(UserError, match="window of 16 frames.*long_share 0"):
+        train_here(copy[0], *of("agent", "--resume", "no", "--train.long_length", 16))
+
+
 def test_a_world_without_prompts_done_is_cloned_by_events_alone(keys, monkeypatch):
     """Fails if there must be a prompt that was done within reach."""
     monkeypatch.setattr(train, "ON_THE_WAY", 0)

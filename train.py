@@ -1153,13 +1153,15 @@ def check_plan(job, stages):
     kinds, every = [], cfg.imagined_tasks == "all"
     if "agent" in stages:
         kinds += recordings.cloned(2, train.length, 0.0)
+        kinds += recordings.cloned(2, longest, 0.0)
     if "imagine" in stages:
         kinds += recordings.before_event(2, cfg.context, cfg.horizon, every)
     for n, windows in kinds:
         if n and windows.relevant and not len(data.windows_with_event(windows)[0]):
             raise UserError(f"Got training episodes in {path} in which no task of the "
-                            "prompts is done, need one to imitate: record more play, "
-                            f"--agent.imagined_tasks all, {alone}")
+                            f"prompts is done in a window of {windows.length} frames, need "
+                            "one to imitate: record more play, --train.long_share 0 (no "
+                            f"long windows), --agent.imagined_tasks all, {alone}")
 
 
 def note_minutes(folder, seconds):
