@@ -238,6 +238,15 @@ def behavior_loss(policy_log_prob, policy_valid, reward_log_prob, reward_valid):
             mean_over(-reward_log_prob, reward_valid))
 
 
+def cloned_targets(batch, cloned):
+    """(B, T, L + 1): which actions the policy learns from each h: those that are labelled,
+    lie in the window, stand in a row with cloned (B,) True, and were taken under its
+    task."""
+    labelled, valid = targets_ahead(batch.labelled, 1, MTP)
+    asked, _ = targets_ahead(batch.asked, 0, MTP)
+    return valid & labelled & asked & (cloned[:, None] & batch.asked)[..., None]
+
+
 def agent_losses(agent, h, batch, cloned):
     """BC loss on rows with cloned (B,) True; reward and continue losses on all rows, the
     reward of the prompt at all distances ("reward"), of every task at distance 0
@@ -246,11 +255,7 @@ def agent_losses(agent, h, batch, cloned):
     h (B, T, D); of the batch actions (B, T, A), labelled, task, continues, asked (B, T),
     events (B, T, tasks). Returns losses and metrics.
     """
-    # policy: actions that are labelled, lie in the window, stand in a cloned row, and were
-    # taken under its task
-    labelled, valid = targets_ahead(batch.labelled, 1, MTP)
-    asked, _ = targets_ahead(batch.asked, 0, MTP)
-    valid = valid & labelled & asked & (cloned[:, None] & batch.asked)[..., None]
+    valid = cloned_targets(batch, cloned)
     actions, _ = targets_ahead(batch.actions, 1, MTP)
     policy = action_log_prob(agent.spec, agent.policy(h), actions)
 

@@ -37,9 +37,10 @@ from torch import nn
 from tqdm import tqdm
 
 import play
-from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast, dream_of,
-                   freeze, imagination_losses, imagine_rollout, load_checkpoint, load_run,
-                   pick_device, pick_dtype, save_checkpoint, sha256_of)
+from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast,
+                   cloned_targets, dream_of, freeze, imagination_losses, imagine_rollout,
+                   load_checkpoint, load_run, pick_device, pick_dtype, save_checkpoint,
+                   sha256_of)
 from data import (Dataset, UserError, Windows, check_config, check_world, file_name,
                   make_env, read_json, record, rng_for, run_cli, this_command,
                   world_presets, write_json, write_whole)
@@ -1017,7 +1018,12 @@ def train_agent(job):
         prompted = batch._replace(task=agent.prompt(batch.task))
         levels = (x[OWN_ROWS] for x in (tau, d, weight))
         losses, h, metrics = dynamics_losses(dynamics, prompted, *levels, draws.noise)
-        more, more_metrics = agent_losses(agent, h, batch, cloned[OWN_ROWS].to(job.device))
+        cloned = cloned[OWN_ROWS].to(job.device)
+        more, more_metrics = agent_losses(agent, h, batch, cloned)
+        # an action counts alike in whichever process it is
+        own = cloned_targets(batch, cloned).sum().float()
+        mean = over_processes(own, dist.ReduceOp.SUM).clamp_min(1) / PROCESSES
+        more["bc"] = more["bc"] * (own / mean)
         if not cfg.pretrained:
             losses = {}
         if (draws.step + 1) % SAVE_EVERY == 0:
