@@ -664,7 +664,7 @@ class Windows(NamedTuple):
     split: str = "train"
     ahead: tuple[int, int] | None = None            # its first and last row; None: 1 .. end
     tasks: tuple[int, ...] = ()                     # indices of tasks to draw; (): of all
-    prompted: bool = False                          # drawn by train.Recordings
+    prompted: bool = False                          # train.Recordings draws these
     first: int | None = None                        # of the first episodes; None: of all
 
 

@@ -455,9 +455,15 @@ class PromptOrder:
         return self.task != before
 
 
+class Along(NamedTuple):
+    """After each recorded frame, (frames,): the task that would be asked for, and in how
+    many frames it is next done, inf: never."""
+    task: np.ndarray
+    ahead: np.ndarray
+
+
 def prompts_along(data):
-    """After each recorded frame: the task that would be asked for (frames,), and in how
-    many frames it is next done (frames,), inf: never."""
+    """The prompts of an agent to whom happens what was recorded -> Along."""
     prompts, ahead = [], []
     for i in data.episodes("all"):
         events, order = np.asarray(data.episode(i)["events"]), PromptOrder(data.spec, 1)
@@ -471,7 +477,7 @@ def prompts_along(data):
         at = np.concatenate([at[1:], np.full_like(at[:1], np.inf)])
         prompts.append(asked)
         ahead.append(at[rows, asked] - rows)
-    return np.concatenate(prompts), np.concatenate(ahead)
+    return Along(np.concatenate(prompts), np.concatenate(ahead))
 
 
 class Actor:

@@ -1864,7 +1864,7 @@ def test_rarer_prompts_are_drawn_by_the_root_of_their_frames(keys):
     frames, begin, count = recordings.on_the_way(windows)
     episode, start, task = recordings.sample_on_the_way(np.random.default_rng(0), 4000,
                                                         windows)
-    share = [(task == p).mean() for p in recordings.along[0][frames[begin]]]
+    share = [(task == p).mean() for p in recordings.along.task[frames[begin]]]
     root = np.sqrt(count) / np.sqrt(count).sum()
     assert np.abs(share - root).max() < 0.03
     assert np.abs(count / count.sum() - root).max() > 0.05          # control

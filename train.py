@@ -716,12 +716,13 @@ def open_latents(job, tokenizer):
 class Recordings:
     """What the stages after the tokenizer read: recorded play, with latents for frames.
     labelled (frames,) bool: whose action may be seen (Section 4.4, unlabelled video);
-    prompts, ahead (frames,): play.prompts_along; told: windows from anywhere have the
-    prompt at their end as their task, else a random one."""
+    along: play.Along; told: windows from anywhere have the prompt at their end as their
+    task, else a random one."""
     latents = None
 
     def __init__(self, job, told=False):
-        self.told, self.on_the_way = told, functools.cache(self.on_the_way)
+        self.told = told
+        self.on_the_way = functools.cache(self.on_the_way)
         self.data, self.spec = job.dataset, job.dataset.spec
         episodes, probe = len(self.data.lengths), job.data.labels
         share = label_share(probe)
@@ -781,38 +782,43 @@ class Recordings:
     def on_the_way(self, windows):
         """Frames (n,) at which such windows may end, in order of their prompts: the prompt
         is done in the next ON_THE_WAY. For each prompt its first index, and how many."""
-        prompts, ahead = self.along
-        fits, starts = ahead <= ON_THE_WAY, self.data.offsets
-        inside = np.zeros(len(fits), bool)          # such a window fits before it
+        starts, task = self.data.offsets, self.along.task
+        inside = np.zeros(len(task), bool)          # such a window fits before it
         for i in self.data.long_enough(windows):
             inside[starts[i] + windows.length - 1:starts[i + 1]] = True
-        frames = np.flatnonzero(fits & inside)
-        frames = frames[np.argsort(prompts[frames], kind="stable")]
-        kinds = np.unique(prompts[frames], return_index=True, return_counts=True)
-        return frames, *kinds[1:]
+        frames = np.flatnonzero(inside & (self.along.ahead <= ON_THE_WAY))
+        frames = frames[np.argsort(task[frames], kind="stable")]
+        _, first, count = np.unique(task[frames], return_index=True, return_counts=True)
+        return frames, first, count
 
     def sample_on_the_way(self, rng, n, windows):
-        """As Dataset.sample: a prompt, the rarer the more of its frames, then a frame."""
-        frames, begin, count = self.on_the_way(windows)
-        which = rng.choice(len(begin), n, p=np.sqrt(count) / np.sqrt(count).sum())
-        last = frames[begin[which] + rng.integers(count[which])]
+        """As Dataset.sample: a prompt by the root of how many frames it has, then one of
+        these to end at."""
+        frames, first, count = self.on_the_way(windows)
+        root = np.sqrt(count)
+        which = rng.choice(len(count), n, p=root / root.sum())
+        last = frames[first[which] + rng.integers(count[which])]
         episode = np.searchsorted(self.data.offsets, last, side="right") - 1
-        return episode, last - self.data.offsets[episode] - windows.length + 1, (
-            self.along[0][last])
+        start = last - self.data.offsets[episode] - windows.length + 1
+        return episode, start, self.along.task[last]
 
     def read(self, rng, kinds):
         """Sample windows, kinds: (rows, Windows of one length) each -> Batch on the CPU."""
-        parts = [(self.sample_on_the_way if windows.prompted else self.data.sample)
-                 (rng, n, windows) for n, windows in kinds if n]
+        parts = []
+        for n, windows in kinds:
+            sample = self.sample_on_the_way if windows.prompted else self.data.sample
+            if n:
+                parts.append(sample(rng, n, windows))
         episode, start, task = (np.concatenate(x) for x in zip(*parts, strict=True))
         length = kinds[0][1].length
         index = (self.data.offsets[episode] + start)[:, None] + np.arange(length)
         if self.told:
             n = sum(n for n, windows in kinds if not windows.relevant)  # they come first
-            task[:n] = self.along[0][index[:n, -1]]
+            task[:n] = self.along.task[index[:n, -1]]
         asked = np.ones(index.shape, bool)
-        if n := sum(n for n, windows in kinds if windows.prompted):     # they come last
-            asked[-n:] = self.along[0][index[-n:]] == task[-n:, None]
+        n = sum(n for n, windows in kinds if windows.prompted)          # they come last
+        if n:
+            asked[-n:] = self.along.task[index[-n:]] == task[-n:, None]
         fields = ("actions", "labelled", "events", "continues")
         rows = self.data.read(episode, start, length, fields)
         columns = {"z": self.latents[index].astype(np.float32), "actions": rows["actions"],

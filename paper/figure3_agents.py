@@ -189,7 +189,7 @@ def evaluate_imagination(run, name, dataset, dtype="auto", per_episode=CLIPS):
     C, H = agent.cfg.context, agent.cfg.horizon
     clips = reference_clips(dataset, per_episode, C + H, device)
     last = dataset.offsets[clips.episode] + clips.start + C - 1
-    task = torch.from_numpy(prompts_along(dataset)[0][last])[:, None].to(device)
+    task = torch.from_numpy(prompts_along(dataset).task[last])[:, None].to(device)
     prompt = agent.prompt(task).expand(-1, C + H)
     generator = torch.Generator(device).manual_seed(0)
     with autocast(device, dtype):
