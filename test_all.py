@@ -1833,6 +1833,8 @@ def test_a_share_of_the_cloned_rows_is_on_the_way_to_its_prompt(keys, far, monke
             fits = [keys.offsets[i] + t for i in keys.episodes("train")
                     for t in range(7, keys.lengths[i])]
             assert set(last) <= {i for i in fits if ahead[i] <= far}
+            ends = recordings.on_the_way(kinds[-1][1])[0]
+            assert set(ends) == {i for i in fits if ahead[i] <= far}
             assert len(set(last)) > 0.8 * sum(ahead[i] <= far for i in fits)
             assert not batch.asked.all() and len(set(task[:, 0])) == 2
 
@@ -3445,6 +3447,23 @@ def test_evaluation_plays_the_sampled_policy():
         first = play.play_episodes(worlds, 6, run)
     assert (first[:, :2] == 1).all() and np.isinf(first[:, 2]).all()
     assert play.count_achievements(run.spec, first).tolist() == [2] * 4
+
+
+def test_a_temperature_asked_for_is_not_on_top_of_an_agents_own(copy, monkeypatch):
+    """Fails if an agent made for 0.5 plays at 0.25 where 0.5 is asked for, at 1 where
+    nothing is, or two temperatures share their episodes."""
+    folder, run = copy
+    monkeypatch.chdir(folder)
+    worlds, heat = SimpleNamespace(name="keys", seeds=range(2)), []
+
+    def episodes(worlds, length, run, dtype, temperature):
+        heat.append(temperature)
+        return np.zeros((2, 3))
+
+    monkeypatch.setattr(play, "play_episodes", episodes)
+    for temperature in (0, 0.5, 0.25, 1.0):
+        play.played(run, worlds, "BC", 4, torch.device("cpu"), "fp32", temperature)
+    assert heat == [1, 0.5, 2]              # 0 and 0.5 are the same, and read back
 
 
 def test_agents_are_sampled_at_their_temperature(monkeypatch):
