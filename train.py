@@ -59,7 +59,7 @@ class DataConfig:
     frameskip: int = 1          # how often an action is repeated
     bins: int = 11              # classes for a number of an action; 0: the number itself
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
-    episodes: int = 240
+    episodes: int = 960
     length: int = 500
     labels: str = "1"           # share of the episodes, in order, with known actions; or a
                                 # recorded probe, where it isn't 0
@@ -90,7 +90,7 @@ class TrainConfig:
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 2000
-    agent_steps: int = 1800
+    agent_steps: int = 2400
     imagine_steps: int = 540
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -121,7 +121,7 @@ SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or 
 CLIP = 1.0                  # norm to which a larger gradient is cut
 VALUE_FIRST = 20            # imagination steps, at most a third of them, in which the value
                             # head learns alone: a value of 0 calls every action good
-LATENT_CHUNK = 256          # frames of an episode that are encoded at once
+LATENT_CHUNK = 32           # frames of an episode that are encoded at once
 ON_THE_WAY = 128            # frames before a prompt's event whose actions are cloned
 CONFIGS = {"data": DataConfig, "tokenizer": TokenizerConfig, "dynamics": DynamicsConfig,
            "agent": AgentConfig, "train": TrainConfig}
@@ -155,16 +155,15 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                "agent.imagined_tasks": "all", "agent.end_on_event": False,
                "agent.gamma": 0.997},
     # a token for each patch of a frame: more work a frame, so a smaller model and batch
-    "cpu_long": {"data.episodes": 480, "tokenizer.pack": 1, "dynamics.dim": 128,
-                 "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
-                 "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
+    "cpu_long": {"tokenizer.pack": 1, "dynamics.dim": 128, "dynamics.heads": 2,
+                 "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
+                 "train.batch": 16, "train.imagine_batch": 32,
                  "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
                  "train.pure_noise": 0.25, "train.boot_after": 0.6,
-                 "train.dynamics_steps": 5000, "train.agent_steps": 2400,
-                 "train.imagine_steps": 900},
+                 "train.dynamics_steps": 5000, "train.imagine_steps": 900},
 }
-# cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
-PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 960, "dynamics.dim": 256,
+# cpu_long with wider dynamics and more rows; compiling would take a GPU minutes
+PRESETS["gpu"] = {**PRESETS["cpu_long"], "dynamics.dim": 256,
                   "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
                   "train.compile": False, "train.tokenizer_steps": 2000,
@@ -686,14 +685,19 @@ def encode_all(job, tokenizer, file):
     float16: it may be larger than the memory."""
     data = job.dataset
     shape = (data.frames_total, *tokenizer.latent_shape)
+    if job.train.compile:               # a copy: elsewhere its shapes are of all kinds
+        tokenizer = copy.deepcopy(tokenizer)
+        compile_module(tokenizer, job.device)
     np.lib.format.write_array_header_1_0(
         file, {"descr": "<f2", "fortran_order": False, "shape": shape})
     for i in tqdm(data.episodes("all"), "latents"):
         rows, cache = data.rows(i), tokenizer.new_cache()
         for start in range(0, len(rows), LATENT_CHUNK):
             frames = torch.from_numpy(np.array(rows["frames"][start:start + LATENT_CHUNK]))
+            n = len(frames)             # filled up with its last one: one shape to compile
+            frames = frames[torch.arange(LATENT_CHUNK).clamp(max=n - 1)]
             with autocast(job.device, job.args.dtype):
-                z = tokenizer.encode(frames[None].to(job.device), cache)[0]
+                z = tokenizer.encode(frames[None].to(job.device), cache)[0, :n]
             file.write(z.half().cpu().numpy().tobytes())
 
 
@@ -1037,7 +1041,7 @@ def train_agent(job):
         return {**losses, **more}, {**metrics, **more_metrics}
 
     modules, train = [dynamics, agent], job.train
-    optimizers = make_optimizers(modules, train.lr_matrix / 2, train.lr / 2)
+    optimizers = make_optimizers(modules, train.lr_matrix, train.lr)
     fit(job, modules, loss_fn, optimizers, {"bc": cfg.bc_weight})
     agent.freeze_prior()
     agent.sharpen(cfg.temperature)
