@@ -23,13 +23,16 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 from skimage.transform import resize_local_mean
 from tqdm import tqdm
 
 from data import (ActionSpec, Dataset, EnvSpec, Episode, UserError, describe, episode_path,
                   finish_dataset, one_writer, read_about, read_json, run_cli, work,
                   write_about, write_episode, write_json)
+from envs.gym import Gym
 
 KEYBOARD = {"ESC": "escape", "back": "s", "drop": "q", "forward": "w", "inventory": "e",
             "jump": "space", "left": "a", "right": "d", "sneak": "left.shift",
@@ -557,16 +560,19 @@ def download_vpt(index, out, limit):
 
 # ----------------------------------------------------------------- the game, the commands
 
-class Minecraft:
+class Minecraft(gymnasium.Env):
     """MineRL 1.0's HumanSurvival: from nothing, in a new world; 640x360 scaled to a size.
 
-    events: by how much each task's count rose. Terminal: death, 60 minutes, a broken game.
-    The game starts at the first reset, which takes minutes; the spec needs no MineRL.
+    info["events"]: by how much each task's count rose. Ends with death or a broken game,
+    is cut after 60 minutes. The game starts at the first reset, which takes minutes.
     """
     limit = 72_000                                          # steps
+    tasks, prompt_order, achievements = tuple(STATISTICS)[:-1], PROMPT_ORDER, ACHIEVEMENTS
+    action_space = spaces.MultiDiscrete(minecraft_spec().actions.classes)
 
     def __init__(self, height=128, width=128):
-        self.spec, self.game = minecraft_spec(height, width), None
+        self.size, self.game = (height, width), None
+        self.observation_space = spaces.Box(0, 255, (height, width, 3), np.uint8)
 
     def start_game(self):
         try:
@@ -587,7 +593,7 @@ class Minecraft:
 
     def observe(self, observation):
         """Keeps the frame and the counts of all tasks."""
-        self.frame = fit_frame(observation["pov"], self.spec.height, self.spec.width)
+        self.frame = fit_frame(observation["pov"], *self.size)
         statistics = {}
         for kind in {kind for kind, *_ in STATISTICS.values()} & observation.keys():
             for name, n in observation[kind].items():
@@ -595,13 +601,15 @@ class Minecraft:
                 statistics[f"minecraft.{kind}:minecraft.{name}"] = int(n)
         self.counts = count_tasks(statistics)
 
-    def reset(self, seed):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
         if self.game is None:
             self.game = self.start_game()
-        self.game.seed(int(seed))                           # of the next reset alone
+        seed = int(self.np_random.integers(2 ** 31)) if seed is None else int(seed)
+        self.game.seed(seed)                                # of the next reset alone
         self.steps = 0
         self.observe(self.game.reset())
-        return self.frame
+        return self.frame, {}
 
     def step(self, action):
         # ESC would end the episode; a screen is closed by `inventory`
@@ -609,16 +617,23 @@ class Minecraft:
         self.steps += 1
         if info.get("error"):                               # then the observation is random
             print(f"MineRL broke off, step {self.steps}: {info['error']}", file=sys.stderr)
-            return self.frame, np.zeros(len(self.spec.tasks), np.uint8), True
+            return self.frame, 0.0, True, False, {}
         before = self.counts
         self.observe(observation)
-        rises = (self.counts - before).clip(0, 255).astype(np.uint8)
-        return self.frame, rises[:-1], bool(done or rises[-1] or self.steps >= self.limit)
+        *rises, died = (self.counts - before).clip(0, 255).tolist()
+        events = {task: n for task, n in zip(self.tasks, rises, strict=True) if n}
+        over = self.steps >= self.limit
+        return self.frame, 0.0, bool(done or died), over, {"events": events}
+
+
+def as_world(game):
+    """A Minecraft as make_env describes a world."""
+    return Gym(game, "minecraft_{}x{}".format(*game.size), game.size)
 
 
 def make(argument):
-    """make_env("minecraft:128x128"); without a size it is that one."""
-    return Minecraft(*parse_size(argument or "128x128"))
+    """make_env("minecraft:128x128"); without a size it is that one. Needs no MineRL."""
+    return as_world(Minecraft(*parse_size(argument or "128x128")))
 
 
 def main():

@@ -467,12 +467,11 @@ class FakeMineRL:
         return self.observation(), 0.0, bool(info), info
 
 
-class TinyMinecraft(minecraft.Minecraft):
+def TinyMinecraft():
     """The shipped adapter around the stand-in."""
-    start_game = staticmethod(FakeMineRL)
-
-    def __init__(self):
-        super().__init__(32, 32)
+    game = minecraft.Minecraft(32, 32)
+    game.start_game = FakeMineRL
+    return minecraft.as_world(game)
 
 
 MINE = f"{__name__}:TinyMinecraft"
@@ -507,7 +506,7 @@ def test_minerl_adapter(capsys):
     assert "the game is gone" in capsys.readouterr().err
     env.game.broken = False
     env.reset(7)
-    env.env.steps = env.limit - 2
+    env.env.env.steps = env.limit - 2
     assert [env.step(press())[2] for _ in range(2)] == [False, True] and env.limit == 72_000
 
 
