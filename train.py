@@ -2,7 +2,8 @@
 
     python train.py                     all stages, evaluation and report
     python train.py --stage dynamics    one stage (tokenizer, dynamics, agent, imagine)
-    torchrun --nproc_per_node 2 -- train.py    the same batches split over processes
+    torchrun --nproc_per_node 2 -- train.py    the same batches split over processes;
+                with --train.shard true --train.compile false the weights too
 
 fit is the loop of all stages: train_tokenizer (Section 3.1), train_dynamics (3.2),
 train_agent and train_imagine (3.3). Every config field is a flag: --dynamics.k_max 32.
@@ -34,6 +35,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import play
@@ -46,7 +51,7 @@ from data import (Dataset, UserError, Windows, check_config, check_world, file_n
                   world_presets, write_json, write_whole)
 from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, pure_noise,
                       ramp_weight, sample_tau_d, show_as_context, to_device)
-from tokenizer import (LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
+from tokenizer import (Block, LossNormalizer, Tokenizer, TokenizerConfig, compile_module,
                        latent_health, lpips_loss, mae_mask, reconstruction_loss,
                        scale_pixels)
 
@@ -107,6 +112,7 @@ class TrainConfig:
     warmup: int = 50            # steps, at most a tenth of the stage
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     compile: bool = True        # torch.compile of the transformers' blocks
+    shard: bool = False         # for what is too large for one GPU: see shard()
     log_every: int = 25
 
     def __post_init__(self):
@@ -115,6 +121,8 @@ class TrainConfig:
         if self.pure_noise and not self.event_rows:
             raise UserError(f"Got train.pure_noise {self.pure_noise}, train.event_rows 0: "
                             "need rows that show a task being done.")
+        if self.shard and self.compile:
+            raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
@@ -132,7 +140,7 @@ CONFIGS_OF = {"tokenizer": ("tokenizer",), "dynamics": ("tokenizer", "dynamics")
               "imagine": ("tokenizer", "dynamics", "agent")}    # what a stage is made with
 FIXED_BY_AGENT = ("hidden", "prompt_order", "bc_level", "bc_weight", "prompts",
                   "pretrained", "temperature")      # imagination can't change them
-MAY_DIFFER = ("train.compile", "train.log_every")               # after a break
+MAY_DIFFER = ("train.compile", "train.log_every", "train.shard")    # after a break
 LOSSES = {"tokenizer": ("mse", "lpips"), "dynamics": ("dynamics",),
           "agent": ("dynamics", "bc", "reward", "continue", "events"),
           "imagine": ("policy", "value")}
@@ -310,6 +318,34 @@ class Losses(nn.Module):
         return self.loss_fn(draws)
 
 
+def shard(compute, optimizers, weights):
+    """--train.shard: what a block computes is not kept, but computed again in the backward
+    pass. weights: also, each process keeps its part alone of the weights and of the
+    optimizers' memory; in a step it collects those of the others."""
+    before = list(compute.parameters())
+    for part in compute.modules():
+        if isinstance(part, Block):
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+    if not weights:
+        return
+    # subtle: all at once; block by block processes would wait for each other for ever, as
+    # those that have rows with bootstrap pass through the blocks thrice
+    fully_shard(compute)
+    new = dict(zip(before, compute.parameters(), strict=True))      # they are others now
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [new[p] for p in group["params"]]
+        for p in list(optimizer.state):                     # after an interruption
+            where, old = (new[p].device_mesh, new[p].placements), optimizer.state.pop(p)
+            optimizer.state[new[p]] = {k: distribute_tensor(x, *where) if x.ndim else x
+                                       for k, x in old.items()}
+
+
+def whole(state):
+    """A tree of tensors, those that are spread over the processes as whole ones."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+
+
 def over_processes(x, op):
     """The sum or maximum of a tensor over the processes, without a gradient."""
     x = x.detach().clone()
@@ -382,8 +418,11 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
     parts = [*modules, normalizer, *optimizers, scaler]
     start, sums = restore(job, modules, parts)
     compute = Losses(modules, loss_fn)
+    spread = PROCESSES > 1 and job.train.shard and job.stage in ("dynamics", "agent")
+    if job.train.shard:
+        shard(compute, optimizers, spread)
     parameters = [p for p in compute.parameters() if p.requires_grad]
-    if PROCESSES > 1:
+    if PROCESSES > 1 and not spread:
         compute = nn.parallel.DistributedDataParallel(compute, find_unused_parameters=True)
     print_header(job, start, parameters)
     if job.args.replay is not None:
@@ -404,7 +443,7 @@ def fit(job, modules, loss_fn, optimizers, weights=()):
             scaler.scale(total).backward()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+            norm = whole(nn.utils.clip_grad_norm_(parameters, CLIP))
             overflow = log.watch(step, total, norm)
             for optimizer in optimizers:
                 if not overflow:        # subtle: all of them, or none
@@ -582,7 +621,8 @@ def resume_paths(job):
 
 def save_resume(job, parts, step, sums):
     state = {"step": step, "sums": sums, "seconds": time.perf_counter() - job.began,
-             "made_with": made_with(job), "parts": [part.state_dict() for part in parts]}
+             "made_with": made_with(job),
+             "parts": whole([part.state_dict() for part in parts])}
     if RANK == 0:
         newest, before = resume_paths(job)
         save_checkpoint(newest, state, before)
@@ -625,7 +665,7 @@ def save_stage(job, **modules):
     state = {"stage": job.stage, "step": job.steps, "commit": commit, "config": job.configs,
              "provenance": job.provenance, "made_with": made_with(job),
              "spec": job.dataset.spec.to_json(), "seconds": time.perf_counter() - job.began,
-             **{name: module.state_dict() for name, module in modules.items()}}
+             **{name: whole(module.state_dict()) for name, module in modules.items()}}
     with in_turn():
         if RANK == 0:
             save_checkpoint(job.folder / f"{job.stage}.pt", state)

@@ -27,7 +27,8 @@ from dynamics import (Batch, Dream, Dynamics, DynamicsConfig, dynamics_losses, r
                       sample_tau_d)
 from paper import results
 from play import Result, new_figure
-from tokenizer import Cache, Tokenizer, TokenizerConfig, compile_module, reconstruction_loss
+from tokenizer import (Block, Cache, Tokenizer, TokenizerConfig, compile_module,
+                       reconstruction_loss)
 
 SPEC = ActionSpec(classes=(17,))
 TOKENIZERS = {"tokenizer": TokenizerConfig(patch=24, dim=256, layers=4, heads=4, kv_heads=2,
@@ -347,10 +348,17 @@ def sizes(preset):
     rows, models = [], ((tokenizer, dynamics), (S, S_dyn), flops, kept, frames)
     for net, tokens, flops, memory, frames in zip(*models, strict=True):
         n = sum(p.numel() for p in net.parameters())
+        blocks = [part for part in net.modules() if isinstance(part, Block)]
+        width = blocks[0].down.out_features
+        # kept of a frame: what goes into each block, and all that one block computes
+        one = 4 * tokens * width * len(blocks) + memory / len(blocks)
+        # the dynamics' weights and gradients are whole only in a step
+        state = STATE_BYTES * n if net is tokenizer else (STATE_BYTES / 8 + 8) * n
         name = f"{preset}, {type(net).__name__.lower()}"
         found = {"parameters": n, "tokens a frame": tokens, "forward GFLOPs": flops / 1e9,
                  "activations MB a frame": memory / 1e6, "frames in a step": frames,
-                 "memory of a step, GB": (STATE_BYTES * n + memory * frames) / 1e9}
+                 "memory of a step, GB": (STATE_BYTES * n + memory * frames) / 1e9,
+                 "of 8 GPUs, --train.shard": (state + one * frames / 8) / 1e9}
         rows += [Result("size", float(x), None, None, 1, "", {"model": name, "size": size})
                  for size, x in found.items()]
     return rows
