@@ -30,10 +30,11 @@ COMPONENTS, LENGTH = 64, 16     # of the features; frames of a video
 
 
 @torch.no_grad()
-def dream_from_nothing(dream, actor, n, length=LENGTH):
+def dream_from_nothing(dream, actor, n, length=LENGTH, seen=lambda z: z):
     """n dreams whose first frame has no action and no past -> latents (n, length, S_z, Z).
-    The BC policy of the run `actor` acts: it looks at the same latents, with a task of its
-    own for each row. So one policy can drive several world models."""
+    The BC policy of the run `actor` acts: it looks at the same latents, `seen` as its own
+    tokenizer packs them, with a task of its own for each row. So one policy can drive
+    several world models."""
     tasks, generator = max(1, len(actor.spec.tasks)), dream.generator
     task = torch.randint(tasks, (n, 1), generator=generator, device=actor.device)
     policy_dream, frames = Dream(actor.dynamics, generator), []
@@ -42,7 +43,7 @@ def dream_from_nothing(dream, actor, n, length=LENGTH):
     for _ in range(length):
         z = dream.imagine(actions, labelled)
         dream.commit(z, actions, labelled)
-        h = policy_dream.commit(z, actions, labelled, actor.agent.prompt(task))
+        h = policy_dream.commit(seen(z), actions, labelled, actor.agent.prompt(task))
         actions = actor.agent.act(h[:, 0], generator)[:, None]
         labelled = torch.ones_like(labelled)
         frames.append(z)
@@ -104,6 +105,20 @@ def real_play(dataset, n):
 
 
 @torch.no_grad()
+def dreamed_videos(run, actor, n, k, dtype="auto"):
+    """n videos from nothing with K = k -> uint8 frames (n, LENGTH, H, W, 3)."""
+    def seen(z):
+        return actor.tokenizer.merge(run.tokenizer.split(z))
+
+    frames = []
+    with autocast(run.device, dtype):
+        for i in range(0, n, 64):
+            dream = Dream(run.dynamics, torch.Generator(run.device).manual_seed(i), k=k)
+            z = dream_from_nothing(dream, actor, min(64, n - i), seen=seen)
+            frames += [run.tokenizer.decode(x).cpu() for x in z.split(16)]
+    return torch.cat(frames)
+
+
 def evaluate_sampling(runs, actor, dataset, n=1024, dtype="auto", ks=KS):
     """{video: run}: world models -> rows: distance to real play by K; K = 4 over K = 16."""
     half, other, project = real_play(dataset, n)
@@ -112,14 +127,7 @@ def evaluate_sampling(runs, actor, dataset, n=1024, dtype="auto", ks=KS):
     for video, run in runs.items():
         components = {}
         for k in ks:
-            frames = []
-            with autocast(run.device, dtype):
-                for i in range(0, n, 64):
-                    generator = torch.Generator(run.device).manual_seed(i)
-                    dream = Dream(run.dynamics, generator, k=k)
-                    z = dream_from_nothing(dream, actor, min(64, n - i))
-                    frames += [run.tokenizer.decode(x).cpu() for x in z.split(16)]
-            components[k] = project(torch.cat(frames))
+            components[k] = project(dreamed_videos(run, actor, n, k, dtype))
             rows.append(Result("frechet", frechet(half, components[k]), None, None, n,
                                "distance", {"video": video, "K": k}))
         ratio = frechet_ratio(half, components[4], components[16])

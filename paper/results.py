@@ -270,6 +270,7 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
     "ppo": partial(pivot, "ppo_in_dream", "success", "agent", "task"),
     "ppo_time": partial(pivot, "ppo_in_dream", "time", "agent", "task"),
+    "table2": partial(pivot, "table2_cascade", "cascade", "design", "measure"),
     "rollouts": partial(pivot, "rollouts", "psnr", "film", "horizon"),
     "bench": partial(pivot, "bench", "bench", "what", "K"),
     "growth": partial(pivot, "bench", "growth", "size", "what"),

@@ -1,4 +1,5 @@
 """Tests of paper/: CPU, offline, seeded, on a toy environment."""
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,12 +12,15 @@ import torch
 
 import data
 import play
-from agent import Agent, AgentConfig, Run
+import train
+from agent import Agent, AgentConfig, Run, load_run, save_checkpoint
 from data import ActionSpec, EnvSpec, UserError
 from dynamics import Batch, Dream, Dynamics, DynamicsConfig
 from envs import crafter
+from paper import all as plan
 from paper import (bench, figure3_agents, figure5_interactions, figure6_robot,
-                   figure7_labels, figure8_sampling, ppo_in_dream, results, rollouts)
+                   figure7_labels, figure8_sampling, ppo_in_dream, results, rollouts,
+                   table2_cascade)
 from tokenizer import Tokenizer, TokenizerConfig, Transformer
 
 CPU = torch.device("cpu")
@@ -486,3 +490,37 @@ def test_tables_are_written_from_the_rows(tmp_path, monkeypatch):
 def test_every_table_can_be_made():
     """Fails if the results in this repository don't fit the tables."""
     assert all("|" in write() or "not yet" in write() for write in results.TABLES.values())
+
+
+def test_the_cascade_ends_at_the_default(tmp_path, monkeypatch):
+    """Fails if a row of Table 2 is refused by train.py, or drops the change of a row before
+    it; or the one with registers isn't the default; or unpacked latents are other ones."""
+    monkeypatch.setattr(sys, "argv", ["x"])
+    names = [name for name, *_ in table2_cascade.DESIGNS]
+    parsed = [train.parse(["--stage", "dynamics", *table2_cascade.flags_of(i)[0]])[1]
+              for i in range(len(names))]
+    whole, default = names.index("+ registers"), train.parse([])[1]
+    assert parsed[whole] == default and parsed[0] == parsed[1]
+    differ = [len(p["dynamics"].items() - default["dynamics"].items())
+              + (p["train"] != default["train"]) for p in parsed[1:whole + 1]]
+    assert differ == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(TokenizerConfig(height=24, width=24, patch=4, dim=16, heads=2,
+                                          kv_heads=1, pack=9))
+    spec = replace(KeyEnv.spec, height=24, width=24)
+    state = {"stage": "tokenizer", "config": {"tokenizer": vars(tokenizer.cfg)},
+             "spec": spec.to_json(), "tokenizer": tokenizer.state_dict()}
+    save_checkpoint(tmp_path / "tokenizer.pt", state)
+    data.write_json(tmp_path / "config.json", {})
+    other = load_run(f"runs/{table2_cascade.unpack_tokenizer(tmp_path)}").tokenizer
+    z = torch.randn(1, 2, *other.latent_shape)
+    assert other.latent_shape == (36, tokenizer.cfg.channels)
+    assert torch.equal(tokenizer.split(tokenizer.merge(other.split(z))), other.split(z))
+
+
+def test_the_plan_names_every_script():
+    """Fails if a script is left out of paper.all, or a name in the plan is none."""
+    words = " ".join(command for commands in plan.PLAN.values() for command in commands)
+    scripts = {path.stem for path in (results.ROOT / "paper").glob("*.py")
+               if "def main" in path.read_text()} - {"all", "page"}
+    assert scripts == set(re.findall(r"-m paper\.(\w+)", words))

@@ -1,0 +1,79 @@
+"""Every table and figure, in order, from a run of all stages to the filled tables.
+
+    python -m paper.all --list              what there is, and how long it took
+    python -m paper.all --budget cpu        all of it; again: goes on where it broke off
+
+What is done stands in runs/paper/all.json: delete it, and runs/, to begin anew.
+"""
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data import read_json, run_cli, write_json
+from paper import results
+from play import Result, find
+
+SEEDS = [f"python train.py --stage {stage}{base} --run seed{seed} --seed {seed}"
+         for seed in range(1, 5) for stage, base in (("agent", " --base crafter"),
+                                                     ("imagine", ""))]
+SHORT = " --train.dynamics_steps 600"               # of trainings that are compared alone
+PLAN = {    # name: its commands; {short}: with the budget cpu SHORT
+    "default": ["python train.py --run crafter",
+                "python -m paper.results --take runs/crafter default"],
+    "seeds": SEEDS,
+    "figure3_agents": ["python -m paper.figure3_agents --run runs/crafter --agent "
+                       "'BC=seed*:agent' --agent 'imagination=seed*:imagine'"],
+    "figure5_interactions": ["python -m paper.figure5_interactions --run runs/crafter"],
+    "rollouts": ["python -m paper.rollouts --run runs/crafter"],
+    "figure8_sampling": ["python -m paper.figure8_sampling --run runs/crafter"],
+    "figure7_labels": ["python -m paper.figure7_labels --run runs/crafter{short}"],
+    "table2_cascade": ["python -m paper.table2_cascade --run runs/crafter{short}"],
+    "figure6_robot": ["python -m paper.figure6_robot"],
+    "ppo_in_dream": ["python -m paper.ppo_in_dream --run runs/crafter"],
+    "bench": ["python -m paper.bench", "python -m paper.bench --sizes minecraft",
+              "python -m paper.bench --sizes paper"],
+    "tables": ["python -m paper.results --write"]}
+
+
+def minutes_of(name):
+    row = find(results.load("all"), "minutes", {"script": name})
+    return "not yet run whole" if row is None else f"{row.value:.0f} min, {row.machine}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="names, commands, minutes")
+    what.add_argument("--budget", choices=("cpu", "gpu"), help="do all; cpu: shorter")
+    args = parser.parse_args()
+    kept = Path("runs/paper/all.json")
+    done = read_json(kept) if kept.exists() else {}
+    for name, commands in PLAN.items():
+        commands = [x.format(short=SHORT * (args.budget != "gpu")) for x in commands]
+        if args.list:
+            print(f"{name}: {minutes_of(name)}", *commands, sep="\n    ")
+            continue
+        for i, command in enumerate(commands):
+            if command in done:
+                continue
+            print(f"{name}: {command}", flush=True)
+            begin = time.perf_counter()
+            code = subprocess.run([sys.executable, *shlex.split(command)[1:]],
+                                  cwd=Path.cwd()).returncode
+            if code:                                # it has said why
+                raise SystemExit(code)
+            done[command] = (time.perf_counter() - begin) / 60
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, done)
+            if i + 1 == len(commands):
+                total = sum(done[x] for x in commands)
+                of = {"script": name}
+                results.save("all", [Result("minutes", total, None, None, 1, "min", of)])
+
+
+if __name__ == "__main__":
+    run_cli(main)
