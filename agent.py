@@ -39,7 +39,8 @@ class AgentConfig:
     """Heads, cloning and imagination; the paper's values in brackets."""
     hidden: int = 256
     prompt_order: float = 0.5   # share of the cloned rows that are on the way to what the
-                                # prompts ask for; the others show any task being done
+                                # prompts ask for, or to the best quarter of returns; the
+                                # others show any task being done, or anything
     bc_level: str = "context"   # level of cloned rows: "context" | "uniform" (paper)
     bc_weight: float = 4.0      # of the BC loss among those of the agent stage (1)
     prompts: bool = True        # False: the policy isn't told its task (control)

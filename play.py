@@ -54,6 +54,7 @@ REFERENCE_LENGTH = 300                          # frames, where training episode
 HORIZONS = (1, 4, 8, 16, 32, 64)                # frames after the context
 ENOUGH = 50                                     # cells of a class that is judged
 CONTEXT, CLIPS = 16, 4                          # frames before a dream; clips an episode
+BEST, GAMMA = 0.25, 0.99                        # share of returns that are best; discount
 AGENTS = {"random": "", "BC": "agent", "imagination": "imagine", "player": ""}    # stages
 GREEN, ORANGE = (60, 170, 90), (240, 140, 20)   # borders: real, imagined
 
@@ -457,13 +458,15 @@ class PromptOrder:
 
 class Along(NamedTuple):
     """After each recorded frame, (frames,): the task that would be asked for, and in how
-    many frames it is next done, inf: never."""
+    many frames it is next done, inf: never. (spec.returns: 0 before the BEST returns.)"""
     task: np.ndarray
     ahead: np.ndarray
 
 
 def prompts_along(data):
     """The prompts of an agent to whom happens what was recorded -> Along."""
+    if data.spec.returns:
+        return before_returns(data)
     prompts, ahead = [], []
     for i in data.episodes("all"):
         events, order = np.asarray(data.episode(i)["events"]), PromptOrder(data.spec, 1)
@@ -478,6 +481,18 @@ def prompts_along(data):
         prompts.append(asked)
         ahead.append(at[rows, asked] - rows)
     return Along(np.concatenate(prompts), np.concatenate(ahead))
+
+
+def before_returns(data):
+    """prompts_along where rewards are summed: which frames have the best returns ahead."""
+    returns = np.zeros(data.frames_total)
+    for i in data.episodes("all"):
+        ahead, first = 0.0, data.offsets[i]
+        rewards = np.asarray(data.episode(i)["events"]).sum(1)
+        for t in range(len(rewards) - 2, -1, -1):
+            returns[first + t] = ahead = rewards[t + 1] + GAMMA * ahead
+    best = returns > np.quantile(returns, 1 - BEST)
+    return Along(np.zeros(len(best), int), np.where(best, 0.0, np.inf))
 
 
 class Actor:

@@ -3387,6 +3387,17 @@ def test_prompts_advance_by_real_events(dataset):
             assert ahead[now] == (later[0] + 1 if len(later) else np.inf)
 
 
+def test_the_best_returns_are_imitated():
+    """Fails if other frames than the quarter with the most discounted reward ahead count,
+    or a frame's own reward does, or that of the next episode."""
+    rewards = [np.array([[9.0], [1], [1], [1]]), np.array([[0.0], [1]])]
+    recorded = SimpleNamespace(
+        spec=replace(KeyEnv.spec, returns=True), frames_total=6, offsets=[0, 4, 6],
+        episodes=lambda split: range(2), episode=lambda i: {"events": rewards[i]})
+    task, ahead = play.prompts_along(recorded)
+    assert ahead.tolist() == [0, 0, *[np.inf] * 4] and not task.any()
+
+
 def test_needs_break_in_until_they_are_met_or_given_up():
     """Fails if a need is due early or late, isn't met by what happens unasked, is asked for
     without end, stops the order from counting, or yields to a later one."""
