@@ -18,7 +18,7 @@ from data import ActionSpec, EnvSpec, UserError
 from dynamics import Batch, Dream, Dynamics, DynamicsConfig
 from envs import crafter
 from paper import all as plan
-from paper import (bench, figure3_agents, figure5_interactions, figure6_robot,
+from paper import (bench, exercises, figure3_agents, figure5_interactions, figure6_robot,
                    figure7_labels, figure8_sampling, ppo_in_dream, results, rollouts,
                    table2_cascade)
 from tokenizer import Tokenizer, TokenizerConfig, Transformer
@@ -522,5 +522,43 @@ def test_the_plan_names_every_script():
     """Fails if a script is left out of paper.all, or a name in the plan is none."""
     words = " ".join(command for commands in plan.PLAN.values() for command in commands)
     scripts = {path.stem for path in (results.ROOT / "paper").glob("*.py")
-               if "def main" in path.read_text()} - {"all", "page", "test_paper"}
+               if "def main" in path.read_text()}
+    scripts -= {"all", "page", "exercises", "test_paper"}
     assert scripts == set(re.findall(r"-m paper\.(\w+)", words))
+
+
+def test_exercises_pass_with_the_right_answers_alone(tmp_path, monkeypatch):
+    """Fails if a planted bug is not seen, or mended not passed; if an equation's function
+    doesn't pass its exercise, or what is handed out, or another one, does."""
+    monkeypatch.setattr(exercises, "HERE", tmp_path)
+    for bug in exercises.BUGS:
+        monkeypatch.setattr(exercises.random, "choice", lambda bugs, bug=bug: bug)
+        with pytest.raises(exercises.NotYet, match="still wrong"):
+            exercises.planted_bug()
+        path = tmp_path / f"{bug[0]}.py"
+        assert path.read_text().count(bug[2]) >= 1
+        path.write_text((results.ROOT / path.name).read_text())
+        exercises.planted_bug()
+        for name in ("agent", "dynamics", "tokenizer"):
+            (tmp_path / f"{name}.py").unlink()
+    for exercise, file, right in (
+            (exercises.bootstrap_target, "equation7", "dynamics import shortcut_target"),
+            (exercises.returns, "equation10", "agent import lambda_returns"),
+            (exercises.sampling, "equation2", "dynamics import euler_sample")):
+        with pytest.raises(exercises.NotYet, match="still to be written"):
+            exercise()
+        path, name = tmp_path / f"{file}.py", right.split()[-1]
+        path.write_text(f"from {right} as true\ndef {name}(*x): return true(*x) * 1.01\n")
+        with pytest.raises(exercises.NotYet, match="off by"):
+            exercise()
+        path.write_text(f"from {right}")
+        exercise()
+    with pytest.raises(exercises.NotYet, match="mean of tau"):
+        exercises.noise_schedule()
+    path, line = tmp_path / "schedule.py", "u = torch.rand(B, T, generator=generator"
+    text = path.read_text()
+    assert text.count(f"{line}, device=device)") == 1
+    for change, why in (("** 0.4", ""), ("** 0.01", "drawn"), ("** 0.4 * 1.5", "not in 0")):
+        path.write_text(text.replace(f"{line}, device=device)", f"{line}) {change}"))
+        with pytest.raises(exercises.NotYet, match=why) if why else nullcontext():
+            exercises.noise_schedule()

@@ -1,0 +1,291 @@
+"""Exercises with answers that a machine checks.
+
+    python -m paper.exercises        what there is
+    python -m paper.exercises 3      the text of number 3, a file to begin with, and whether
+                                     it is passed, or why not yet
+
+Files lie in exercises/, beside the code; write into them and call again. 6 to 8 train runs
+(--preset smoke is enough to try them).
+"""
+import argparse
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import agent
+import dynamics
+import tokenizer
+from data import UserError, read_json, run_cli
+from paper.results import ROOT
+from play import find, read_metrics, read_results
+
+HERE = Path("exercises")
+# a file, what stands there, what is planted in its place
+BUGS = (("agent", "returns.append(rewards[:, t + 1]", "returns.append(rewards[:, t]"),
+        ("agent", "good = advantages >= 0", "good = advantages <= 0"),
+        ("dynamics", "(f(z_prime, tau + step[:, :, 0, 0], half)", "(f(z_prime, tau, half)"),
+        ("dynamics", "(z.shape[:2], i * d,", "(z.shape[:2], (i + 1) * d,"),
+        ("tokenizer", "(age >= 0) & (age < context)", "(age >= 0) & (age <= context)"),
+        ("tokenizer", "is_reader[:, None] | ~is_reader[None, :]",
+         "~is_reader[:, None] | is_reader[None, :]"))
+
+
+class NotYet(Exception):
+    """Why an exercise isn't passed."""
+
+
+def need(fact, why):
+    if not fact:
+        raise NotYet(why)
+
+
+def student(name, start=None):
+    """exercises/NAME.py as a module; with `start` it is written where it is missing."""
+    path = HERE / f"{name}.py"
+    if not path.exists():
+        need(start is not None, f"{path} is missing")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(start)
+    spec = importlib.util.spec_from_file_location(f"exercise_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise NotYet(f"{path} can't be imported: {type(error).__name__}: {error}") from None
+    return module
+
+
+def answer(function, *inputs):
+    """What the student's function returns."""
+    try:
+        return function(*inputs)
+    except NotImplementedError:
+        raise NotYet(f"{function.__name__} is still to be written") from None
+    except Exception as error:
+        kind = type(error).__name__
+        raise NotYet(f"{function.__name__} raises {kind}: {error}") from None
+
+
+def equal(a, b, what):
+    need(isinstance(a, torch.Tensor) and a.shape == b.shape, f"{what}: got {a}, need a "
+         f"tensor of shape {tuple(b.shape)}")
+    off = float((a.double() - b.double()).abs().max())
+    need(off < 1e-4, f"{what} is off by {off:.3g}")
+
+
+def outputs(agent, dynamics, tokenizer):
+    """{function: what it returns for some input}, for those that BUGS are in."""
+    def net(z, tau, d):
+        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
+
+    rng = torch.Generator().manual_seed(0)
+    x = [torch.randn(3, 6, generator=rng) for _ in range(5)]
+    z = torch.randn(2, 4, 3, 5, generator=rng)
+    tau, d = torch.full((2, 4), 0.25), torch.full((2, 4), 0.5)
+    counted, frames = torch.ones(3, 6, dtype=torch.bool), torch.arange(9)
+    return {"lambda_returns": agent.lambda_returns(x[0], x[1].sigmoid(), x[2], 0.9, 0.8),
+            "pmpo_loss": agent.pmpo_loss(*x[:3], counted, 0.5, 0.3),
+            "shortcut_target": dynamics.shortcut_target(net, z, z + 1, tau, d, 1 / 16),
+            "euler_sample": dynamics.euler_sample(net, z, 4),
+            "time_mask": tokenizer.time_mask(frames, frames, 4),
+            "reader_mask": tokenizer.reader_mask(3, 2)}
+
+
+def planted_bug():
+    """Find the planted bug. exercises/agent.py, dynamics.py and tokenizer.py are copies of
+    this repository's, one line of which is wrong: one of six bugs under which every loss
+    falls. Find it without a diff, by reading beside the paper; mend it there."""
+    paths = {name: HERE / f"{name}.py" for name in ("agent", "dynamics", "tokenizer")}
+    if not all(path.exists() for path in paths.values()):
+        HERE.mkdir(exist_ok=True)
+        bug = random.choice(BUGS)
+        for name, path in paths.items():
+            text = (ROOT / f"{name}.py").read_text()
+            path.write_text(text.replace(*bug[1:]) if name == bug[0] else text)
+    copies = [student(name) for name in paths]
+    true = outputs(agent, dynamics, tokenizer)
+    for name, x in answer(outputs, *copies).items():
+        need(torch.equal(x, true[name]), "something is still wrong in one of the three "
+             "files. (Which test would have seen it?)")
+
+
+def noise_schedule():
+    """Another noise schedule. In three lines of exercises/schedule.py: draw more frames
+    nearly clean (the mean of tau at least 0.1 higher), d as before, all levels possible,
+    tau still on the grid of its d. Which of the repository's tests fails now, and why?"""
+    source = (ROOT / "dynamics.py").read_text()
+    begin = source.index("def sample_tau_d")
+    text = source[begin:source.index("\n\n\n", begin)]
+    own = student("schedule", f"import math\n\nimport torch\n\n\n{text}\n").sample_tau_d
+
+    def draw(function):
+        torch.manual_seed(0)
+        return answer(function, 500, 40, 16, 500, torch.Generator().manual_seed(0))
+
+    (tau, d), before = draw(own), draw(dynamics.sample_tau_d)[0]
+    need(torch.allclose(tau / d, (tau / d).round()), "some tau is no multiple of its d")
+    need(bool(((tau >= 0) & (tau <= 1 - d)).all()), "some tau is not in 0 .. 1 - d")
+    share = [(d == 0.5 ** i).float().mean() for i in range(5)]
+    need(max(abs(x - 0.2) for x in share) < 0.03, "step sizes are no more equally likely")
+    need(len(tau[d == 1 / 16].unique()) == 16, "some level is never drawn at d = 1/16")
+    need(tau.mean() > before.mean() + 0.1, f"the mean of tau is {tau.mean():.2f}, need "
+         f"{before.mean() + 0.1:.2f}")
+
+
+def bootstrap_target():
+    """Equation 7. Write its target from the paper, in exercises/equation7.py, without a
+    look at dynamics.py. Where d = d_min the target is z1; elsewhere two half steps."""
+    own = student("equation7", '''import torch
+
+
+def shortcut_target(f, z_tilde, z1, tau, d, d_min):
+    """f(z, tau, d) -> clean latents; z (B, T, S, Z), tau and d (B, T)."""
+    raise NotImplementedError
+''').shortcut_target
+
+    def net(z, tau, d):
+        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
+
+    z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    d = torch.tensor([[0.5, 0.25, 1 / 16, 0.5]] * 2)
+    for tau in (torch.zeros(2, 4), d):
+        inputs = net, z, z + 1, tau, d, 1 / 16
+        start = f"the target from tau = {tau[0].tolist()}"
+        equal(answer(own, *inputs), dynamics.shortcut_target(*inputs), start)
+
+
+def returns():
+    """Equation 10. Write TD(lambda) returns in exercises/equation10.py. rewards[:, t] came
+    on reaching state t. Why is the paper's print, with r_t and v_t, a value learned from
+    itself?"""
+    own = student("equation10", '''import torch
+
+
+def lambda_returns(rewards, continues, values, gamma, lam):
+    """All (B, T + 1) -> (B, T + 1); the last return is the last value."""
+    raise NotImplementedError
+''').lambda_returns
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for lam in (0.0, 1.0, 0.8):
+        inputs = x[0], (x[1] > -0.5).float(), x[2], 0.9, lam
+        equal(answer(own, *inputs), agent.lambda_returns(*inputs), f"with lambda {lam} it")
+
+
+def sampling():
+    """Equation 2. Write the sampler in exercises/equation2.py: K Euler steps from noise. To
+    which level do you tell the network that z belongs, and what happens at the last step if
+    you tell the next one?"""
+    own = student("equation2", '''import torch
+
+
+def euler_sample(f, z, k):
+    """f(z, tau, d) -> clean latents; z (B, T, S, Z) noise -> clean latents."""
+    raise NotImplementedError
+''').euler_sample
+
+    def net(z, tau, d):
+        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
+
+    z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    for k in (1, 4):
+        equal(answer(own, net, z, k), dynamics.euler_sample(net, z, k), f"with K = {k} it")
+
+
+def own_world():
+    """Your own world. exercises/world.py: a gymnasium.Env named Game with uint8 frames and
+    `tasks`, one of which random play does sometimes. Then train its world model,
+    `python train.py --data.env exercises.world:Game --run world`: its dream must beat the
+    last frame shown again, one frame ahead, by its interval."""
+    game = student("world", "import gymnasium\n\n\nclass Game(gymnasium.Env):\n    pass\n")
+    env = answer(game.Game)
+    need(getattr(env, "tasks", ()), "Game has no tasks")
+    answer(check_env, env, True)
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    steps = [env.step(env.action_space.sample()) for _ in range(500)]
+    frames = [frame for frame, *_ in steps]
+    need(any(not np.array_equal(frames[0], frame) for frame in frames), "it never moves")
+    need(any(info.get("events") for *_, info in steps), "500 random steps do no task")
+    row = find(read_results("runs/world"), "gain_over_copying", {"horizon": 1})
+    need(row, "runs/world has no results yet")
+    need(row.low > 0, f"it gains {row.value:.2f} dB ({row.low:.2f} to {row.high:.2f})")
+
+
+def trained(run, **flags):
+    """The config of a run that was trained with these flags, dots as __."""
+    path = Path("runs") / run / "config.json"
+    need(path.exists(), f"runs/{run} is missing")
+    config = read_json(path)
+    for name, value in flags.items():
+        prefix, name = name.split("__")
+        need(config[prefix][name] == value, f"runs/{run} has --{prefix}.{name} "
+             f"{config[prefix][name]}, need {value}")
+    return config
+
+
+def diffusion_forcing():
+    """Diffusion forcing. Train the dynamics without bootstrap (README, "Where is what",
+    says which flags) on the tokenizer of runs/crafter, as runs/forcing, and judge both with
+    one sampling step told 1/K (`python play.py eval --k 1 --step_label own --stage
+    dynamics`). Shortcut forcing must win 4 frames ahead. When does it not?"""
+    trained("forcing", dynamics__p_boot=0.0)
+    rows = [find(read_results(f"runs/{run}"), "psnr", {"film": "dream", "horizon": 4})
+            for run in ("crafter", "forcing")]
+    need(all(rows), "judge both runs first")
+    commands = {row.command for row in rows}
+    need(all("--k 1" in x and "own" in x for x in commands), "judge both with --k 1 "
+         "--step_label own; the last evaluation counts")
+    need(rows[0].value > rows[1].value, f"crafter {rows[0].value:.1f} dB, forcing "
+         f"{rows[1].value:.1f}")
+
+
+def exploit():
+    """Exploit the dream, and stop it. Imagine with --agent.pmpo_beta 0 (`--stage imagine
+    --base crafter --run exploit`), then find another remedy than beta's default (run
+    stopped, trained from the same BC). Passed: exploit imagines more reward than crafter
+    and reaches fewer achievements; stopped reaches more than exploit."""
+    trained("exploit", agent__pmpo_beta=0.0)
+    trained("stopped")
+    reward, score = {}, {}
+    for run in ("crafter", "exploit", "stopped"):
+        lines = [x for x in read_metrics(f"runs/{run}") if x["stage"] == "imagine"]
+        row = find(read_results(f"runs/{run}"), "achievements", {"agent": "imagination"})
+        need(lines and row, f"runs/{run} isn't trained and evaluated yet")
+        reward[run], score[run] = lines[-1]["imagined_reward"], row.value
+    need(reward["exploit"] > reward["crafter"], f"imagined reward {reward}")
+    best = min(score["crafter"], score["stopped"])
+    need(score["exploit"] < best, f"achievements {score}")
+
+
+EXERCISES = (planted_bug, noise_schedule, bootstrap_target, returns, sampling, own_world,
+             diffusion_forcing, exploit)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", type=int, nargs="?", help=f"1 to {len(EXERCISES)}")
+    number = parser.parse_args().number
+    if number is None:
+        for i, exercise in enumerate(EXERCISES, 1):
+            print(f"{i}. {exercise.__doc__.split('.')[0]}")
+        return
+    if not 1 <= number <= len(EXERCISES):
+        raise UserError(f"Got exercise {number}, need 1 to {len(EXERCISES)}.")
+    exercise = EXERCISES[number - 1]
+    print(" ".join(exercise.__doc__.split()), end="\n\n")
+    try:
+        exercise()
+    except NotYet as why:
+        raise SystemExit(f"Not yet: {why}.") from None
+    print("Passed.")
+
+
+if __name__ == "__main__":
+    run_cli(main)
