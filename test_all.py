@@ -2100,7 +2100,7 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
     assert all((task < 2).all() for task in asked)      # 2: no task
     # rows (2 in the check of the plan), context 4, horizon 3, of the prompts
     assert {how[1:] for how in kinds} == {(4, 3, False)} and all(prompts)
-    assert rates == [(3e-3, 1.5e-3)]                    # half: the dynamics are finetuned
+    assert rates == [(6e-3, 3e-3)]                      # as before the agent stage
 
 
 # -------------------------------------------------------------------------- stages, resume
@@ -2120,17 +2120,58 @@ def stop_after(folder, saves, *flags):
         train_here(folder, *flags)
 
 
-def test_blocks_that_are_computed_again_learn_the_same(finished, tmp_path):
-    """Fails if --train.shard changes what one process learns, or is refused without a word
-    beside compiling."""
+def test_blocks_that_are_computed_again_learn_the_same(finished, tmp_path, monkeypatch):
+    """Fails if --train.shard changes what one process learns, or computes nothing again, or
+    is refused without a word beside compiling."""
     shutil.copytree(finished / "datasets", tmp_path / "datasets")
+    calls = {"false": 0, "true": 0}
+
+    def noted(self, *rest, real=Block.forward):
+        calls[shard] += 1
+        return real(self, *rest)
+
+    monkeypatch.setattr(Block, "forward", noted)
     for name, shard in (("kept", "false"), ("again", "true")):
         for stage in STAGES[:3]:
             train_here(tmp_path, "--run", name, "--stage", stage, "--train.shard", shard)
     kept, again = (weights(tmp_path / f"runs/{x}/agent.pt") for x in ("kept", "again"))
-    assert same_tensors(kept, again)
+    assert same_tensors(kept, again) and calls["true"] > 1.3 * calls["false"]
     with pytest.raises(UserError, match="--train.compile false"):
         train.TrainConfig(shard=True)
+
+
+def test_spread_weights_learn_the_same_and_are_saved_whole(tmp_path, monkeypatch):
+    """Fails if optimizers keep the weights of before or forget what they knew, or a
+    checkpoint holds a part."""
+    monkeypatch.setattr(train, "made_with", lambda job: {})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet",
+                                         rank=0, world_size=1)
+    try:
+        x, saved = normal(1, 3, 4, 16), []
+        for spread in (False, True):
+            net = tiny_transformer()
+
+            def loss(_, net=net):
+                return net(x, reader_mask(3, 1)).square().mean()
+
+            compute = train.Losses([net], loss)
+            optimizers = train.make_optimizers([net], 1e-2, 1e-2)
+            for step in range(2):
+                if spread and step:                     # as after an interruption
+                    train.shard(compute, optimizers, True)
+                compute(None).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            job = SimpleNamespace(folder=tmp_path, stage="dynamics", began=0.0)
+            train.save_resume(job, [net, *optimizers], 2, {})
+            saved.append(weights(tmp_path / "dynamics.resume.pt")["parts"][0])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert saved[0].keys() == saved[1].keys()
+    for name, x in saved[0].items():
+        assert type(saved[1][name]) is torch.Tensor
+        assert torch.allclose(x, saved[1][name], atol=1e-4), name
 
 
 def test_every_stage_resumes_as_if_uninterrupted(finished, tmp_path):
@@ -3387,15 +3428,22 @@ def test_prompts_advance_by_real_events(dataset):
             assert ahead[now] == (later[0] + 1 if len(later) else np.inf)
 
 
-def test_the_best_returns_are_imitated():
+@pytest.mark.parametrize("gamma, rewards, best", [
+    (0.99, [[9, 1, 1, 1], [0, 1]], [0, 1]),
+    (0.5, [[0, 1], [0, 0, 0, 1.5]], [0, 4]),            # sooner counts more
+    (0.99, [[0] * 7, [0, 1]], [7])])                    # most have none ahead
+def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best):
     """Fails if other frames than the quarter with the most discounted reward ahead count,
     or a frame's own reward does, or that of the next episode."""
-    rewards = [np.array([[9.0], [1], [1], [1]]), np.array([[0.0], [1]])]
+    monkeypatch.setattr(play, "GAMMA", gamma)
+    rewards = [np.array(x, float)[:, None] for x in rewards]
+    n, first = sum(map(len, rewards)), len(rewards[0])
     recorded = SimpleNamespace(
-        spec=replace(KeyEnv.spec, returns=True), frames_total=6, offsets=[0, 4, 6],
+        spec=replace(KeyEnv.spec, returns=True), frames_total=n, offsets=[0, first, n],
         episodes=lambda split: range(2), episode=lambda i: {"events": rewards[i]})
     task, ahead = play.prompts_along(recorded)
-    assert ahead.tolist() == [0, 0, *[np.inf] * 4] and not task.any()
+    assert np.flatnonzero(ahead == 0).tolist() == best and not task.any()
+    assert np.isinf(ahead).sum() == n - len(best)
 
 
 def test_needs_break_in_until_they_are_met_or_given_up():

@@ -497,17 +497,27 @@ def test_minerl_adapter(capsys):
     events = env.step(press("use"))[1]                              # not the logs again
     assert [tasks[i] for i in np.flatnonzero(events)] == ["open_furnace"]
     assert [env.step(press("forward"))[2] for _ in range(30)] == [False] * 29 + [True]
+    assert not env.cut
     env.reset(6)                                                    # in the same game
     assert env.game.seeds == [5, 6] and not env.step(press())[1].any()
     shown = env.step(press("attack"))[0]
     env.game.broken = True
     frame, events, terminal = env.step(press("attack"))
-    assert terminal and not events.any() and (frame == shown).all()
+    assert terminal and not events.any() and (frame == shown).all() and not env.cut
     assert "the game is gone" in capsys.readouterr().err
     env.game.broken = False
     env.reset(7)
     env.env.env.steps = env.limit - 2
     assert [env.step(press())[2] for _ in range(2)] == [False, True] and env.limit == 72_000
+    assert env.cut
+    env.reset(8)
+    env.game.step = lambda command: (env.game.observation(), 0.0, True, {})
+    assert env.step(press())[2] and not env.cut                     # MineRL's own end
+    game = minecraft.Minecraft(384, 640)
+    game.start_game = FakeMineRL                                    # not swapped, padded
+    frame = minecraft.as_world(game).reset(1)
+    assert frame.shape == (384, 640, 3)
+    assert (frame[:360] == 3).all() and not frame[360:].any()
 
 
 def test_missing_minerl_says_how_to_install_it(tmp_path):

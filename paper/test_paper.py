@@ -504,6 +504,11 @@ def test_the_cascade_ends_at_the_default(tmp_path, monkeypatch):
     differ = [len(p["dynamics"].items() - default["dynamics"].items())
               + (p["train"] != default["train"]) for p in parsed[1:whole + 1]]
     assert differ == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    unpacked = [table2_cascade.flags_of(i)[1] for i in range(len(names))]
+    assert unpacked == [False] * (whole + 1) + [True, False, False]
+    assert [k for _, _, k, _ in table2_cascade.DESIGNS] == [16] + [4] * 13
+    for i, changed in ((-2, {"p_boot": 1}), (-1, {"prediction": "v", "loss_space": "v"})):
+        assert parsed[i] == default | {"dynamics": default["dynamics"] | changed}
     monkeypatch.chdir(tmp_path)
     tokenizer = Tokenizer(TokenizerConfig(height=24, width=24, patch=4, dim=16, heads=2,
                                           kv_heads=1, pack=9))
@@ -516,6 +521,82 @@ def test_the_cascade_ends_at_the_default(tmp_path, monkeypatch):
     z = torch.randn(1, 2, *other.latent_shape)
     assert other.latent_shape == (36, tokenizer.cfg.channels)
     assert torch.equal(tokenizer.split(tokenizer.merge(other.split(z))), other.split(z))
+
+
+def test_a_design_is_judged_and_trained_as_itself(tmp_path, monkeypatch):
+    """Fails if K, seed, latents or the kept figures are another design's."""
+    asked, run, judge = [], key_run(), table2_cascade.judge
+    run.meta["config"]["train"]["compile"] = False
+    rows = [play.Result(name, 1.0, None, None, 1, "", of) for name, of in (
+        ("wrong_cells", {"film": "dream", "horizon": 4}),
+        ("changed_cells", {"film": "next"}), ("inventory_f1", {"film": "next"}),
+        ("psnr", {"film": "dream", "horizon": 4}))]
+    stubs = {"load_run": lambda *_: run, "real_play": lambda *_: (0, 0, lambda x: x),
+             "evaluate_world": lambda *_, sampler: asked.append(sampler.k) or rows,
+             "dreamed_videos": lambda *x: asked.append(x[3]),
+             "dream_rate": lambda dream, *_: asked.append(dream.k) or 8.0,
+             "frechet": lambda *_: 3.0,
+             "read_metrics": lambda _: [{"rate": None}, {"rate": 4.0}],
+             "reference_of": lambda _: None, "unpack_tokenizer": lambda _: "paper/unpacked",
+             "judge": lambda folder, k, *_: {"Frechet": float(k)}}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(table2_cascade, name, stub)
+    for k in (16, 4, 4):                                # the last one is kept
+        found = judge(tmp_path, k, None, None, CPU, "fp32")
+    assert asked == [16] * 3 + [4] * 3
+    assert found["step, s"] == 0.25 and found["frames/s"] == 8
+
+    trained, saved = [], []
+    monkeypatch.setattr(results, "trained",
+                        lambda *words: trained.append(words) or words[0])
+    monkeypatch.setattr(results, "save", lambda name, found, seeds: saved.extend(found))
+    monkeypatch.setattr(sys, "argv", ["x", "--seeds", "0", "1", "--device", "cpu"])
+    table2_cascade.main()
+    # the first two share a training; else a name for each set of flags, and none twice
+    assert len(trained) == 28 and len(set(trained)) == 26
+    assert len({words[0] for words in trained}) == 26
+    assert len({words[1:] for words in trained}) == 26
+    for design, measure, value in ((table2_cascade.DESIGNS[0][0], "Frechet", 16),
+                                   ("+ GQA", "paper: frames/s", 23.2),
+                                   ("+ GQA", "paper: step, s", 0.5)):
+        assert value_of(saved, "cascade", {"design": design, "measure": measure}) == value
+
+
+def test_videos_are_of_their_k_and_each_of_its_own_seed(monkeypatch):
+    """Fails if K is lost, or each 64 videos are the same ones."""
+    asked, run = [], key_run()
+
+    def noted(dream, actor, n, seen):
+        asked.append((dream.k, dream.generator.initial_seed(), n))
+        return torch.zeros(n, 2, 2, 6)
+
+    monkeypatch.setattr(figure8_sampling, "dream_from_nothing", noted)
+    films = figure8_sampling.dreamed_videos(run, run, 70, 2, "fp32")
+    assert asked == [(2, 0, 64), (2, 64, 6)] and films.shape == (70, 2, 8, 12, 3)
+
+
+@pytest.mark.parametrize("budget, short", [("gpu", []), ("cpu", plan.SHORT.split())])
+def test_the_plan_goes_on_where_it_broke_off(tmp_path, monkeypatch, budget, short):
+    """Fails if what failed counts as done, what is done is done again, or minutes are
+    lost."""
+    ran, rows, clock = [], [], iter(range(0, 9999, 120))
+
+    def run(words, cwd):
+        ran.append(words[1:])
+        return SimpleNamespace(returncode=int(len(ran) == 2))
+
+    steps = {"a": ["python x{short}", "python y"], "b": ["python z"]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "PLAN", steps)
+    monkeypatch.setattr(plan, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(results, "save", lambda name, found: rows.extend(found))
+    monkeypatch.setattr(sys, "argv", ["x", "--budget", budget])
+    with pytest.raises(SystemExit):
+        plan.main()
+    plan.main()
+    assert ran == [["x", *short], ["y"], ["y"], ["z"]]
+    assert [(row.of["script"], row.value) for row in rows] == [("a", 4), ("b", 2)]
 
 
 def test_the_plan_names_every_script():
