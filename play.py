@@ -484,13 +484,17 @@ def prompts_along(data):
 
 
 def before_returns(data):
-    """prompts_along where rewards are summed: which frames have the best returns ahead."""
-    returns = np.zeros(data.frames_total)
-    for i in data.episodes("all"):
-        ahead, first = 0.0, data.offsets[i]
-        rewards = np.asarray(data.episode(i)["events"]).sum(1)
-        for t in range(len(rewards) - 2, -1, -1):
-            returns[first + t] = ahead = rewards[t + 1] + GAMMA * ahead
+    """prompts_along where rewards are summed: which frames have the best returns ahead.
+    Behind the end of a recording that was cut off the mean reward goes on."""
+    returns, episodes = np.zeros(data.frames_total), data.episodes("all")
+    rewards = [np.asarray(data.episode(i)["events"]).sum(1) for i in episodes]
+    mean = np.concatenate([x[1:] for x in rewards]).mean()
+    for i, reward in zip(episodes, rewards, strict=True):
+        first, last = data.offsets[i], len(reward) - 1
+        goes_on = data.episode(i)["continues"][last]
+        returns[first + last] = ahead = goes_on * mean / (1 - GAMMA)
+        for t in range(last - 1, -1, -1):
+            returns[first + t] = ahead = reward[t + 1] + GAMMA * ahead
     best = returns > np.quantile(returns, 1 - BEST)
     return Along(np.zeros(len(best), int), np.where(best, 0.0, np.inf))
 

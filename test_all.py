@@ -3428,11 +3428,12 @@ def test_prompts_advance_by_real_events(dataset):
             assert ahead[now] == (later[0] + 1 if len(later) else np.inf)
 
 
-@pytest.mark.parametrize("gamma, rewards, best", [
-    (0.99, [[9, 1, 1, 1], [0, 1]], [0, 1]),
-    (0.5, [[0, 1], [0, 0, 0, 1.5]], [0, 4]),            # sooner counts more
-    (0.99, [[0] * 7, [0, 1]], [7])])                    # most have none ahead
-def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best):
+@pytest.mark.parametrize("gamma, rewards, best, goes_on", [
+    (0.99, [[9, 1, 1, 1], [0, 1]], [0, 1], 0),
+    (0.5, [[0, 1], [0, 0, 0, 1.5]], [0, 4], 0),         # sooner counts more
+    (0.99, [[0] * 7, [0, 1]], [7], 0),                  # most have none ahead
+    (0.9, [[0, -1, -2, -1], [0, -1, -1, -1]], [2, 6], 1)])      # cut off, not ended
+def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best, goes_on):
     """Fails if other frames than the quarter with the most discounted reward ahead count,
     or a frame's own reward does, or that of the next episode."""
     monkeypatch.setattr(play, "GAMMA", gamma)
@@ -3440,7 +3441,8 @@ def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best):
     n, first = sum(map(len, rewards)), len(rewards[0])
     recorded = SimpleNamespace(
         spec=replace(KeyEnv.spec, returns=True), frames_total=n, offsets=[0, first, n],
-        episodes=lambda split: range(2), episode=lambda i: {"events": rewards[i]})
+        episodes=lambda split: range(2), episode=lambda i: {
+            "events": rewards[i], "continues": np.full(len(rewards[i]), goes_on)})
     task, ahead = play.prompts_along(recorded)
     assert np.flatnonzero(ahead == 0).tolist() == best and not task.any()
     assert np.isinf(ahead).sum() == n - len(best)

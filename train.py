@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -330,7 +331,7 @@ def shard(compute, optimizers, weights):
         return
     # subtle: all at once; block by block processes would wait for each other for ever, as
     # those that have rows with bootstrap pass through the blocks thrice
-    fully_shard(compute)
+    fully_shard(compute, mesh=init_device_mesh(before[0].device.type, (PROCESSES,)))
     new = dict(zip(before, compute.parameters(), strict=True))      # they are others now
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -713,6 +714,9 @@ def take_stages(base, folder, stage):
             raise UserError(f"Got --base {base.name}, but {target} is another one than "
                             f"{source}: take another --run, or delete it.")
         if source.exists() and not target.exists():
+            with contextlib.suppress(OSError):      # one file, no room; it is never changed
+                os.link(source, target)
+                continue
             with open(source, "rb") as file:
                 write_whole(target, lambda to, file=file: shutil.copyfileobj(file, to))
 

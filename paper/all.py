@@ -3,16 +3,18 @@
     python -m paper.all --list              what there is, and how long it took
     python -m paper.all --budget cpu        all of it; again: goes on where it broke off
 
-What is done stands in runs/paper/all.json: delete it, and runs/, to begin anew.
+What is done stands in runs/paper/all.json: delete it, and runs/, to begin anew. The budget
+gpu trains the preset of that name, and Table 2 on a run of the preset cpu beside it.
 """
 import argparse
+import importlib.util
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from data import read_json, run_cli, write_json
+from data import UserError, read_json, run_cli, write_json
 from paper import results
 from play import Result, find
 
@@ -20,9 +22,12 @@ SEEDS = [f"python train.py --stage {stage}{base} --run seed{seed} --seed {seed}"
          for seed in range(1, 5) for stage, base in (("agent", " --base crafter"),
                                                      ("imagine", ""))]
 SHORT = " --train.dynamics_steps 600"               # of trainings that are compared alone
-PLAN = {    # name: its commands; {short}: with the budget cpu SHORT
-    "default": ["python train.py --run crafter",
-                "python -m paper.results --take runs/crafter default"],
+WORDS = {"cpu": {"short": SHORT, "file": "default", "small": "crafter"},
+         "gpu": {"short": "", "file": "gpu", "small": "small"}}
+PACKAGES = {"gym_pusht": "gym-pusht 'pymunk<7'", "stable_baselines3": "stable-baselines3"}
+PLAN = {    # name: its commands, with WORDS and {budget}
+    "default": ["python train.py --preset {budget} --run crafter",
+                "python -m paper.results --take runs/crafter {file}"],
     "seeds": SEEDS,
     "figure3_agents": ["python -m paper.figure3_agents --run runs/crafter --agent "
                        "'BC=seed*:agent' --agent 'imagination=seed*:imagine'"],
@@ -30,7 +35,8 @@ PLAN = {    # name: its commands; {short}: with the budget cpu SHORT
     "rollouts": ["python -m paper.rollouts --run runs/crafter"],
     "figure8_sampling": ["python -m paper.figure8_sampling --run runs/crafter"],
     "figure7_labels": ["python -m paper.figure7_labels --run runs/crafter{short}"],
-    "table2_cascade": ["python -m paper.table2_cascade --run runs/crafter{short}"],
+    "table2_cascade": ["python train.py --preset cpu --run {small}",
+                       "python -m paper.table2_cascade --run runs/{small}"],
     "figure6_robot": ["python -m paper.figure6_robot"],
     "ppo_in_dream": ["python -m paper.ppo_in_dream --run runs/crafter"],
     "bench": ["python -m paper.bench", "python -m paper.bench --sizes minecraft",
@@ -50,29 +56,38 @@ def main():
     what.add_argument("--list", action="store_true", help="names, commands, minutes")
     what.add_argument("--budget", choices=("cpu", "gpu"), help="do all; cpu: shorter")
     args = parser.parse_args()
-    kept = Path("runs/paper/all.json")
-    done = read_json(kept) if kept.exists() else {}
-    for name, commands in PLAN.items():
-        commands = [x.format(short=SHORT * (args.budget != "gpu")) for x in commands]
-        if args.list:
+    words = {"budget": args.budget or "cpu", **WORDS[args.budget or "cpu"]}
+    plan = {name: [x.format(**words) for x in commands] for name, commands in PLAN.items()}
+    if args.list:
+        for name, commands in plan.items():
             print(f"{name}: {minutes_of(name)}", *commands, sep="\n    ")
-            continue
-        for i, command in enumerate(commands):
+        return
+    for module, package in PACKAGES.items():        # before hours of work
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"no package {module}", "it for one of the scripts",
+                            f"pip install {package}")
+    kept = Path("runs/paper/all.json")
+    minutes, done = read_json(kept) if kept.exists() else ({}, [])
+    for name, commands in plan.items():
+        for command in commands:
             if command in done:
                 continue
             print(f"{name}: {command}", flush=True)
             begin = time.perf_counter()
-            code = subprocess.run([sys.executable, *shlex.split(command)[1:]],
-                                  cwd=Path.cwd()).returncode
+            try:
+                code = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
+                done += [command] if code == 0 else []
+            finally:                                # an interrupted one will go on
+                spent = (time.perf_counter() - begin) / 60
+                minutes[command] = minutes.get(command, 0) + spent
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_json(kept, (minutes, done))
             if code:                                # it has said why
                 raise SystemExit(code)
-            done[command] = (time.perf_counter() - begin) / 60
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, done)
-            if i + 1 == len(commands):
-                total = sum(done[x] for x in commands)
-                of = {"script": name}
-                results.save("all", [Result("minutes", total, None, None, 1, "min", of)])
+            if command == commands[-1]:
+                total = sum(minutes[x] for x in commands)
+                results.save("all", [Result("minutes", total, None, None, 1, "min",
+                                            {"script": name})])
 
 
 if __name__ == "__main__":

@@ -345,8 +345,8 @@ def sizes(preset):
     kept = (sum(transformer_costs(net, S, T)[1] for net in coder),
             transformer_costs(world, S_dyn, T_long)[1])
     frames = cfg["tokenizer_batch"] * T, max(cfg["batch"] * cfg["length"], 2 * T_long)
-    rows, models = [], ((tokenizer, dynamics), (S, S_dyn), flops, kept, frames)
-    for net, tokens, flops, memory, frames in zip(*models, strict=True):
+    rows, models = [], ((tokenizer, dynamics), (S, S_dyn), flops, kept, frames, (T, T_long))
+    for net, tokens, flops, memory, frames, T in zip(*models, strict=True):
         n = sum(p.numel() for p in net.parameters())
         blocks = [part for part in net.modules() if isinstance(part, Block)]
         width = blocks[0].down.out_features
@@ -358,7 +358,7 @@ def sizes(preset):
         found = {"parameters": n, "tokens a frame": tokens, "forward GFLOPs": flops / 1e9,
                  "activations MB a frame": memory / 1e6, "frames in a step": frames,
                  "memory of a step, GB": (STATE_BYTES * n + memory * frames) / 1e9,
-                 "of 8 GPUs, --train.shard": (state + one * frames / 8) / 1e9}
+                 "of 8 GPUs, --train.shard": (state + one * max(frames / 8, T)) / 1e9}
         rows += [Result("size", float(x), None, None, 1, "", {"model": name, "size": size})
                  for size, x in found.items()]
     return rows

@@ -10,6 +10,7 @@ Files lie in exercises/, beside the code; write into them and call again. 6 to 8
 import argparse
 import importlib.util
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def student(name, start=None):
 
 
 def answer(function, *inputs):
-    """What the student's function returns."""
+    """What the student's function returns; it may change its inputs."""
+    inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     try:
         return function(*inputs)
     except NotImplementedError:
@@ -118,7 +120,7 @@ def planted_bug():
 def noise_schedule():
     """Another noise schedule. In three lines of exercises/schedule.py: draw more frames
     nearly clean (the mean of tau at least 0.1 higher), d as before, all levels possible,
-    tau still on the grid of its d. Which of the repository's tests fails now, and why?"""
+    tau still on the grid of its d. Put them into dynamics.py for a moment: which test fails, and why?"""
     source = (ROOT / "dynamics.py").read_text()
     begin = source.index("def sample_tau_d")
     text = source[begin:source.index("\n\n\n", begin)]
@@ -145,7 +147,8 @@ def bootstrap_target():
 
 
 def shortcut_target(f, z_tilde, z1, tau, d, d_min):
-    """f(z, tau, d) -> clean latents; z (B, T, S, Z), tau and d (B, T)."""
+    """f(z, tau, d) -> clean latents (B, T, S, Z); tau and d (B, T). Returns the clean
+    latents with which the network's z1_hat is compared, not the velocity."""
     raise NotImplementedError
 ''').shortcut_target
 
@@ -185,7 +188,8 @@ def sampling():
 
 
 def euler_sample(f, z, k):
-    """f(z, tau, d) -> clean latents; z (B, T, S, Z) noise -> clean latents."""
+    """f(z, tau, d), tau and d (B, T) -> clean latents (B, T, S, Z). z: noise (B, T, S,
+    Z). Returns clean latents."""
     raise NotImplementedError
 ''').euler_sample
 
@@ -197,6 +201,19 @@ def euler_sample(f, z, k):
         equal(answer(own, net, z, k), dynamics.euler_sample(net, z, k), f"with K = {k} it")
 
 
+def random_play(env, n=500):
+    """-> frames of n random steps, and how many of them did a task."""
+    env.action_space.seed(0)
+    frames, done = [env.reset(seed=0)[0]], 0
+    for _ in range(n):
+        frame, _, terminated, truncated, info = env.step(env.action_space.sample())
+        frames.append(np.array(frame))
+        done += any(info.get("events", {}).values())
+        if terminated or truncated:
+            env.reset()
+    return frames, done
+
+
 def own_world():
     """Your own world. exercises/world.py: a gymnasium.Env named Game with uint8 frames and
     `tasks`, one of which random play does sometimes. Then train its world model,
@@ -206,12 +223,9 @@ def own_world():
     env = answer(game.Game)
     need(getattr(env, "tasks", ()), "Game has no tasks")
     answer(check_env, env, True)
-    env.action_space.seed(0)
-    env.reset(seed=0)
-    steps = [env.step(env.action_space.sample()) for _ in range(500)]
-    frames = [frame for frame, *_ in steps]
+    frames, done = answer(random_play, env)
     need(any(not np.array_equal(frames[0], frame) for frame in frames), "it never moves")
-    need(any(info.get("events") for *_, info in steps), "500 random steps do no task")
+    need(done, "500 random steps do no task")
     row = find(read_results("runs/world"), "gain_over_copying", {"horizon": 1})
     need(row, "runs/world has no results yet")
     need(row.low > 0, f"it gains {row.value:.2f} dB ({row.low:.2f} to {row.high:.2f})")
@@ -232,15 +246,16 @@ def trained(run, **flags):
 def diffusion_forcing():
     """Diffusion forcing. Train the dynamics without bootstrap (README, "Where is what",
     says which flags) on the tokenizer of runs/crafter, as runs/forcing, and judge both with
-    one sampling step told 1/K (`python play.py eval --k 1 --step_label own --stage
-    dynamics`). Shortcut forcing must win 4 frames ahead. When does it not?"""
+    one sampling step told 1/K (`python play.py eval --run runs/NAME --k 1 --step_label own
+    --stage dynamics`). Shortcut forcing must win 4 frames ahead. When does it not? (Judge
+    runs/crafter as it was trained again afterwards.)"""
     trained("forcing", dynamics__p_boot=0.0)
     rows = [find(read_results(f"runs/{run}"), "psnr", {"film": "dream", "horizon": 4})
             for run in ("crafter", "forcing")]
     need(all(rows), "judge both runs first")
-    commands = {row.command for row in rows}
-    need(all("--k 1" in x and "own" in x for x in commands), "judge both with --k 1 "
-         "--step_label own; the last evaluation counts")
+    asked = [re.search(rf"--{flag}[ =]{value}\b", row.command) for row in rows
+             for flag, value in (("k", "1"), ("step_label", "own"))]
+    need(all(asked), "judge both with --k 1 --step_label own; the last evaluation counts")
     need(rows[0].value > rows[1].value, f"crafter {rows[0].value:.1f} dB, forcing "
          f"{rows[1].value:.1f}")
 
@@ -251,13 +266,17 @@ def exploit():
     stopped, trained from the same BC). Passed: exploit imagines more reward than crafter
     and reaches fewer achievements; stopped reaches more than exploit."""
     trained("exploit", agent__pmpo_beta=0.0)
-    trained("stopped")
-    reward, score = {}, {}
+    need(trained("stopped")["agent"] != trained("crafter")["agent"]
+         or trained("stopped")["train"] != trained("crafter")["train"],
+         "runs/stopped has all the settings of runs/crafter")
+    reward, score, cloned = {}, {}, set()
     for run in ("crafter", "exploit", "stopped"):
+        cloned.add(agent.sha256_of(f"runs/{run}/agent.pt"))
         lines = [x for x in read_metrics(f"runs/{run}") if x["stage"] == "imagine"]
         row = find(read_results(f"runs/{run}"), "achievements", {"agent": "imagination"})
         need(lines and row, f"runs/{run} isn't trained and evaluated yet")
         reward[run], score[run] = lines[-1]["imagined_reward"], row.value
+    need(len(cloned) == 1, "the three runs don't begin with the same BC")
     need(reward["exploit"] > reward["crafter"], f"imagined reward {reward}")
     best = min(score["crafter"], score["stopped"])
     need(score["exploit"] < best, f"achievements {score}")

@@ -2,7 +2,7 @@
 
 The paper: Frechet video distance falls from 306 (64 steps a frame; 875 with 4) to 57, while
 a training step takes a sixth of the time and a dreamed frame a 27th. Here: the dynamics
-alone on one tokenizer, each row the same frames seen, three seeds; "more latents" gives the
+alone on one tokenizer, each row about as many frames, three seeds; "more latents" gives the
 same latents unpacked, a token each.
 
     python -m paper.table2_cascade --run runs/crafter
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from agent import autocast, load_checkpoint, load_run, pick_device, save_checkpoint
-from data import read_json, run_cli, write_json
+from data import UserError, read_json, run_cli, write_json
 from dynamics import Dream
 from paper import results
 from paper.bench import dream_rate
@@ -112,10 +112,13 @@ def main():
     args, flags = parser.parse_known_args()
     device, base, rows = pick_device(args.device), Path(args.run).name, []
     actor = load_run(args.run, "agent", device, args.dtype)
+    if actor.tokenizer.cfg.pack == 1:
+        raise UserError(f"Got {args.run}, whose latents are not packed, need a run of the "
+                        "preset cpu.")
     for number in args.designs:
         design, _, k, paper = DESIGNS[number]
         words, unpacked = flags_of(number)
-        words += ["--train.dynamics_steps", "600", *flags]
+        words += ["--preset", "cpu", "--train.dynamics_steps", "600", *flags]
         same = next(i for i in range(number + 1) if flags_of(i) == flags_of(number))
         source = unpack_tokenizer(args.run) if unpacked else base
         found = []

@@ -577,11 +577,11 @@ def test_videos_are_of_their_k_and_each_of_its_own_seed(monkeypatch):
 
 @pytest.mark.parametrize("budget, short", [("gpu", []), ("cpu", plan.SHORT.split())])
 def test_the_plan_goes_on_where_it_broke_off(tmp_path, monkeypatch, budget, short):
-    """Fails if what failed counts as done, what is done is done again, or minutes are
-    lost."""
+    """Fails if what failed counts as done, what is done is done again, minutes are lost, or
+    a package is missed after hours."""
     ran, rows, clock = [], [], iter(range(0, 9999, 120))
 
-    def run(words, cwd):
+    def run(words):
         ran.append(words[1:])
         return SimpleNamespace(returncode=int(len(ran) == 2))
 
@@ -592,11 +592,15 @@ def test_the_plan_goes_on_where_it_broke_off(tmp_path, monkeypatch, budget, shor
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(results, "save", lambda name, found: rows.extend(found))
     monkeypatch.setattr(sys, "argv", ["x", "--budget", budget])
+    monkeypatch.setattr(plan, "PACKAGES", {"no_such_module": "it"})
+    with pytest.raises(UserError, match="pip install it"):
+        plan.main()
+    monkeypatch.setattr(plan, "PACKAGES", {})
     with pytest.raises(SystemExit):
         plan.main()
     plan.main()
     assert ran == [["x", *short], ["y"], ["y"], ["z"]]
-    assert [(row.of["script"], row.value) for row in rows] == [("a", 4), ("b", 2)]
+    assert [(row.of["script"], row.value) for row in rows] == [("a", 6), ("b", 2)]
 
 
 def test_the_plan_names_every_script():
