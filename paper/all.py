@@ -35,8 +35,8 @@ PLAN = {    # name: its commands, with WORDS and {budget}
     "rollouts": ["python -m paper.rollouts --run runs/crafter"],
     "figure8_sampling": ["python -m paper.figure8_sampling --run runs/crafter"],
     "figure7_labels": ["python -m paper.figure7_labels --run runs/crafter{short}"],
-    "table2_cascade": ["python train.py --preset cpu --run {small}",
-                       "python -m paper.table2_cascade --run runs/{small}"],
+    "preset cpu": ["python train.py --preset cpu --run {small}"],
+    "table2_cascade": ["python -m paper.table2_cascade --run runs/{small}"],
     "figure6_robot": ["python -m paper.figure6_robot"],
     "ppo_in_dream": ["python -m paper.ppo_in_dream --run runs/crafter"],
     "bench": ["python -m paper.bench", "python -m paper.bench --sizes minecraft",
@@ -75,7 +75,8 @@ def main():
             print(f"{name}: {command}", flush=True)
             begin = time.perf_counter()
             try:
-                code = subprocess.run([sys.executable, *shlex.split(command)[1:]]).returncode
+                words = [sys.executable, *shlex.split(command)[1:]]
+                code = subprocess.run(words).returncode
                 done += [command] if code == 0 else []
             finally:                                # an interrupted one will go on
                 spent = (time.perf_counter() - begin) / 60

@@ -120,7 +120,8 @@ def planted_bug():
 def noise_schedule():
     """Another noise schedule. In three lines of exercises/schedule.py: draw more frames
     nearly clean (the mean of tau at least 0.1 higher), d as before, all levels possible,
-    tau still on the grid of its d. Put them into dynamics.py for a moment: which test fails, and why?"""
+    tau still on the grid of its d. Put them into dynamics.py for a moment: which test
+    fails, and why?"""
     source = (ROOT / "dynamics.py").read_text()
     begin = source.index("def sample_tau_d")
     text = source[begin:source.index("\n\n\n", begin)]
