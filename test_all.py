@@ -2100,7 +2100,7 @@ def test_what_agent_and_heads_are_told_and_where_imagination_starts(copy, monkey
     assert all((task < 2).all() for task in asked)      # 2: no task
     # rows (2 in the check of the plan), context 4, horizon 3, of the prompts
     assert {how[1:] for how in kinds} == {(4, 3, False)} and all(prompts)
-    assert rates == [(6e-3, 3e-3)]                      # as before the agent stage
+    assert rates == [(3e-3, 1.5e-3)]                    # half: the dynamics are finetuned
 
 
 # -------------------------------------------------------------------------- stages, resume

@@ -65,7 +65,7 @@ class DataConfig:
     frameskip: int = 1          # how often an action is repeated
     bins: int = 11              # classes for a number of an action; 0: the number itself
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
-    episodes: int = 960
+    episodes: int = 240
     length: int = 500
     labels: str = "1"           # share of the episodes, in order, with known actions; or a
                                 # recorded probe, where it isn't 0
@@ -96,7 +96,7 @@ class TrainConfig:
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 2000
-    agent_steps: int = 2400
+    agent_steps: int = 1800
     imagine_steps: int = 540
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -164,15 +164,16 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                "agent.imagined_tasks": "all", "agent.end_on_event": False,
                "agent.gamma": 0.997},
     # a token for each patch of a frame: more work a frame, so a smaller model and batch
-    "cpu_long": {"tokenizer.pack": 1, "dynamics.dim": 128, "dynamics.heads": 2,
-                 "dynamics.kv_heads": 1, "dynamics.layers": 6, "dynamics.time_every": 3,
-                 "train.batch": 16, "train.imagine_batch": 32,
+    "cpu_long": {"data.episodes": 480, "tokenizer.pack": 1, "dynamics.dim": 128,
+                 "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
+                 "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
                  "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
                  "train.pure_noise": 0.25, "train.boot_after": 0.6,
-                 "train.dynamics_steps": 5000, "train.imagine_steps": 900},
+                 "train.dynamics_steps": 5000, "train.agent_steps": 2400,
+                 "train.imagine_steps": 900},
 }
-# cpu_long with wider dynamics and more rows; compiling would take a GPU minutes
-PRESETS["gpu"] = {**PRESETS["cpu_long"], "dynamics.dim": 256,
+# cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
+PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 960, "dynamics.dim": 256,
                   "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
                   "train.compile": False, "train.tokenizer_steps": 2000,
@@ -1085,7 +1086,7 @@ def train_agent(job):
         return {**losses, **more}, {**metrics, **more_metrics}
 
     modules, train = [dynamics, agent], job.train
-    optimizers = make_optimizers(modules, train.lr_matrix, train.lr)
+    optimizers = make_optimizers(modules, train.lr_matrix / 2, train.lr / 2)
     fit(job, modules, loss_fn, optimizers, {"bc": cfg.bc_weight})
     agent.freeze_prior()
     agent.sharpen(cfg.temperature)

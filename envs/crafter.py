@@ -414,10 +414,8 @@ class CrafterPlayer:
         into_lava = any(MOVES[m] == name and self.ahead(m)[0] == "lava" for m in MOVES)
         if into_lava or (name == "sleep" and planned != "sleep"):
             name = "noop"
-        if self.me.sleeping:        # no key wakes, which a world model must be shown
-            any_key = self.rng.random() < 0.1
-            name = self.rng.choice(self.rules.actions) if any_key else "sleep"
-        return np.array([self.rules.actions.index(name)], np.float32)
+        index = self.rules.actions.index("sleep" if self.me.sleeping else name)
+        return np.array([index], np.float32)
 
     def intend(self):
         """The name of the action of a player without slips."""

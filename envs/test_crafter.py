@@ -363,13 +363,3 @@ def test_a_wall_has_no_hole_where_the_player_stood():
     probes[1]["probe_semantic"] = whole.copy()
     probes[1]["probe_semantic"][0, 4, 4] = 5                        # control: sand may be
     assert crafter.judge(stub, "wall_of_three", hole, whole, *probes)[0]
-
-
-def test_asleep_any_key_is_pressed_now_and_then(env):
-    """Fails if a sleeper presses "sleep" alone, or one other key, or others most of the
-    time."""
-    env.reset(3)
-    player, names = env.player(np.random.default_rng(0), "skilled"), env.spec.action_names
-    player.intend, env.game._player.sleeping = lambda: "noop", True
-    acts = [names[int(player.act()[0])] for _ in range(400)]
-    assert 0.04 < np.mean(np.array(acts) != "sleep") < 0.16 and len(set(acts)) > 10
