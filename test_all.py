@@ -1697,7 +1697,7 @@ def test_the_preset_follows_the_device(monkeypatch):
     (["--data.labels", "7"], "data.labels"), (["--data.labels", "nan"], "data.labels"),
     (["--train.compile", "maybe"], "maybe"), (["--stage", "sleep"], "sleep"),
     (["--device", "abacus"], "abacus"), (["--agent.gamma", "1.5"], "gamma 1.5"),
-    (["--train.pure_noise", "0.2"], "event_rows 0"), (["--train.lr", "nan"], "lr nan"),
+    (["--train.lr", "nan"], "lr nan"),
     (["--tokenizer.height", "9"], "--tokenizer.height"), (["--dtype", "int3"], "int3"),
     (["--train.long_length", "8"], "dynamics.context 8"), (["--seed", "-1"], "-1"),
     (["--agent.temperature", "0"], "temperature 0"), (["--agent.k", "3"], "agent.k 3"),
@@ -1959,13 +1959,13 @@ def test_a_share_of_the_dynamics_rows_shows_an_event(copy, monkeypatch):
 
 
 def test_clean_past_clips_are_context_and_pure_noise(copy, monkeypatch):
-    """Fails if --train.pure_noise leaves the frame of an event out, reaches a row from
+    """Fails if --train.event_rows leaves the frame of an event out, reaches a row from
     anywhere or of separate images, draws another share of the other frames, shows the rest
     otherwise than as context, or weighs such a row by the ramp."""
     seen, shares = note_batches(monkeypatch), []
+    monkeypatch.setattr(train, "PURE_NOISE", 0.1)
     train_here(copy[0], *of("dynamics", "--resume", "no", "--train.event_rows", 0.5,
-                            "--dynamics.single_images", 0.3, "--train.pure_noise", 0.1,
-                            "--train.batch", 24))
+                            "--dynamics.single_images", 0.3, "--train.batch", 24))
     for batch, tau, d, weight, model in seen:
         mark = batch.z[..., 0, 0]
         fine = torch.arange(len(d)) >= round(0.25 * len(d))     # behind the bootstrap rows
@@ -1992,7 +1992,8 @@ def test_a_bootstrap_row_keeps_the_level_of_an_event_at_d_min(monkeypatch):
     events[:, 2, 0] = 1
     batch = train.Batch(None, None, torch.ones(2, 4).bool(), events=events,
                         single=torch.zeros(2).bool())
-    job = SimpleNamespace(steps=1, train=SimpleNamespace(pure_noise=1e-9, boot_after=0.0))
+    job = SimpleNamespace(steps=1, train=SimpleNamespace(boot_after=0.0))
+    monkeypatch.setattr(train, "PURE_NOISE", 1e-9)
     model = SimpleNamespace(cfg=DynamicsConfig(p_boot=0.5), tau_ctx=0.875, d_min=1 / 16)
     draws = train.Draws(0, np.random.default_rng(0), None, None)
     tau, d, weight = train.dynamics_levels(job, model, batch, torch.ones(2).bool(), draws)
@@ -2135,7 +2136,9 @@ def test_blocks_that_are_computed_again_learn_the_same(finished, tmp_path, monke
         for stage in STAGES[:3]:
             train_here(tmp_path, "--run", name, "--stage", stage, "--train.shard", shard)
     kept, again = (weights(tmp_path / f"runs/{x}/agent.pt") for x in ("kept", "again"))
-    assert same_tensors(kept, again) and calls["true"] > 1.3 * calls["false"]
+    assert same_tensors(kept, again)
+    # eight steps each of the tokenizer's six blocks, the dynamics' three, and again three
+    assert calls["true"] - calls["false"] == 8 * (6 + 3 + 3)
     with pytest.raises(UserError, match="--train.compile false"):
         train.TrainConfig(shard=True)
 
@@ -2299,12 +2302,12 @@ def test_resume_falls_back_to_the_older_checkpoint(copy, capsys, damage):
     stop_after(folder, 2, *of("dynamics"))
     newest, older = run / "dynamics.resume.pt", run / "dynamics.resume.old.pt"
     assert [weights(p)["step"] for p in (older, newest)] == [3, 6]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
     if damage == "missing":                                 # killed between two renames
         newest.unlink()
+    elif damage == "byte":
+        break_file(newest)
     else:
-        newest.write_bytes(content if damage == "byte" else content[:-9])
+        newest.write_bytes(newest.read_bytes()[:-9])
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"stage": "dyna')                       # killed while it was written
     capsys.readouterr()
@@ -3432,7 +3435,7 @@ def test_prompts_advance_by_real_events(dataset):
     (0.99, [[9, 1, 1, 1], [0, 1]], [0, 1], 0),
     (0.5, [[0, 1], [0, 0, 0, 1.5]], [0, 4], 0),         # sooner counts more
     (0.99, [[0] * 7, [0, 1]], [7], 0),                  # most have none ahead
-    (0.9, [[0, -1, -2, -1], [0, -1, -1, -1]], [2, 6], 1)])      # cut off, not ended
+    (0.9, [[0, -1, -2, -1], [0, -1, -1, -1]], [4, 5], 1)])      # cut off, not ended
 def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best, goes_on):
     """Fails if other frames than the quarter with the most discounted reward ahead count,
     or a frame's own reward does, or that of the next episode."""

@@ -102,9 +102,9 @@ class TrainConfig:
     length: int = 16            # 64 (T1)
     long_length: int = 48       # 256 (T2), longer than dynamics.context
     long_share: float = 0.25    # of the steps; the last tenth has long windows only
-    event_rows: float = 0.0     # share of the dynamics' rows that show a task being done
-    pure_noise: float = 0.0     # above 0 these are clean-past clips: events and this share
-                                # of the other frames are pure noise, the rest is context
+    event_rows: float = 0.0     # share of the dynamics' rows that show a task being done,
+                                # as clean-past clips: the event and PURE_NOISE of the other
+                                # frames are pure noise, the rest is context
     boot_after: float = 0.5     # share of the dynamics' steps before bootstrap begins (0)
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
@@ -117,15 +117,13 @@ class TrainConfig:
     log_every: int = 25
 
     def __post_init__(self):
-        shares = ("long_share", "event_rows", "pure_noise", "boot_after", "cooldown")
+        shares = ("long_share", "event_rows", "boot_after", "cooldown")
         check_config("train", self, zero=("warmup",), shares=shares)
-        if self.pure_noise and not self.event_rows:
-            raise UserError(f"Got train.pure_noise {self.pure_noise}, train.event_rows 0: "
-                            "need rows that show a task being done.")
         if self.shard and self.compile:
             raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
+PURE_NOISE = 0.25           # of the frames of clean-past clips
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
 CLIP = 1.0                  # norm to which a larger gradient is cut
 VALUE_FIRST = 20            # imagination steps, at most a third of them, in which the value
@@ -168,9 +166,8 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                  "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
                  "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
                  "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
-                 "train.pure_noise": 0.25, "train.boot_after": 0.6,
-                 "train.dynamics_steps": 5000, "train.agent_steps": 2400,
-                 "train.imagine_steps": 900},
+                 "train.boot_after": 0.6, "train.dynamics_steps": 5000,
+                 "train.agent_steps": 2400, "train.imagine_steps": 900},
 }
 # cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
 PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 960, "dynamics.dim": 256,
@@ -983,17 +980,17 @@ def dynamics_batch(job, recordings, draws, single_images):
 
 def dynamics_levels(job, dynamics, batch, chosen, draws):
     """tau, d and the loss's weight, (B, T), of a batch from dynamics_batch."""
-    cfg, (B, T), share = dynamics.cfg, batch.labelled.shape, job.train.pure_noise
+    cfg, (B, T) = dynamics.cfg, batch.labelled.shape
     n_boot = round(cfg.p_boot * B)
     if draws.step < job.train.boot_after * job.steps:
         n_boot = 0                          # the network would learn from its own noise
     tau, d = sample_tau_d(B, T, cfg.k_max, n_boot, draws.levels)
-    if not share or not chosen.any():
+    if not chosen.any():
         return tau, d, frame_weight(tau, cfg)
 
     # not in the paper: clean-past clips, what the dream will see
     clips = (chosen & ~batch.single)[:, None]
-    noisy = torch.from_numpy(draws.rng.random((B, T)) < share) | batch.events.any(-1)
+    noisy = torch.from_numpy(draws.rng.random((B, T)) < PURE_NOISE) | batch.events.any(-1)
     noisy &= clips
     tau = pure_noise(tau, d, noisy, dynamics)
     tau, d = show_as_context(tau, d, clips & ~noisy, dynamics)

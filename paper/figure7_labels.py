@@ -84,7 +84,7 @@ def evaluate_labels(runs, dataset, dtype="auto", per_episode=CLIPS):
 def main():
     args, flags = results.make_parser(__doc__).parse_known_args()
     device, base, runs = pick_device(args.device), Path(args.run).name, {}
-    common = ["--base", base, "--train.event_rows", "0", "--train.pure_noise", "0"]
+    common = ["--base", base, "--train.event_rows", "0"]
     for name, labels in LABELLED.items():
         run = "labels_" + name.removesuffix(" %").replace(" ", "_")
         folder = results.trained(run, "dynamics", *common, "--data.labels", labels, *flags)
