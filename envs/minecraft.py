@@ -628,7 +628,8 @@ class Minecraft(gymnasium.Env):
 
 def as_world(game):
     """A Minecraft as make_env describes a world."""
-    return Gym(game, "minecraft_{}x{}".format(*game.size), game.size)
+    height, width = game.size
+    return Gym(game, f"minecraft_{height}x{width}", game.size)
 
 
 def make(argument):

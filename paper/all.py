@@ -75,9 +75,10 @@ def main():
             print(f"{name}: {command}", flush=True)
             begin = time.perf_counter()
             try:
-                words = [sys.executable, *shlex.split(command)[1:]]
-                code = subprocess.run(words).returncode
-                done += [command] if code == 0 else []
+                ended = subprocess.run([sys.executable, *shlex.split(command)[1:]])
+                code = ended.returncode
+                if code == 0:
+                    done.append(command)
             finally:                                # an interrupted one will go on
                 spent = (time.perf_counter() - begin) / 60
                 minutes[command] = minutes.get(command, 0) + spent

@@ -13,6 +13,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,14 +27,21 @@ from paper.results import ROOT
 from play import find, read_metrics, read_results
 
 HERE = Path("exercises")
-# a file, what stands there, what is planted in its place
-BUGS = (("agent", "returns.append(rewards[:, t + 1]", "returns.append(rewards[:, t]"),
-        ("agent", "good = advantages >= 0", "good = advantages <= 0"),
-        ("dynamics", "(f(z_prime, tau + step[:, :, 0, 0], half)", "(f(z_prime, tau, half)"),
-        ("dynamics", "(z.shape[:2], i * d,", "(z.shape[:2], (i + 1) * d,"),
-        ("tokenizer", "(age >= 0) & (age < context)", "(age >= 0) & (age <= context)"),
-        ("tokenizer", "is_reader[:, None] | ~is_reader[None, :]",
-         "~is_reader[:, None] | is_reader[None, :]"))
+
+
+class Bug(NamedTuple):
+    file: str
+    right: str
+    planted: str
+
+
+BUGS = (Bug("agent", "returns.append(rewards[:, t + 1]", "returns.append(rewards[:, t]"),
+        Bug("agent", "good = advantages >= 0", "good = advantages <= 0"),
+        Bug("dynamics", "tau + step[:, :, 0, 0], half)", "tau, half)"),
+        Bug("dynamics", "(z.shape[:2], i * d,", "(z.shape[:2], (i + 1) * d,"),
+        Bug("tokenizer", "(age >= 0) & (age < context)", "(age >= 0) & (age <= context)"),
+        Bug("tokenizer", "is_reader[:, None] | ~is_reader[None, :]",
+            "~is_reader[:, None] | is_reader[None, :]"))
 
 
 class NotYet(Exception):
@@ -81,11 +89,13 @@ def equal(a, b, what):
     need(off < 1e-4, f"{what} is off by {off:.3g}")
 
 
+def net(z, tau, d):
+    """In place of a network: some clean latents that depend on all three."""
+    return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
+
+
 def outputs(agent, dynamics, tokenizer):
     """{function: what it returns for some input}, for those that BUGS are in."""
-    def net(z, tau, d):
-        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
-
     rng = torch.Generator().manual_seed(0)
     x = [torch.randn(3, 6, generator=rng) for _ in range(5)]
     z = torch.randn(2, 4, 3, 5, generator=rng)
@@ -109,7 +119,9 @@ def planted_bug():
         bug = random.choice(BUGS)
         for name, path in paths.items():
             text = (ROOT / f"{name}.py").read_text()
-            path.write_text(text.replace(*bug[1:]) if name == bug[0] else text)
+            if name == bug.file:
+                text = text.replace(bug.right, bug.planted)
+            path.write_text(text)
     copies = [student(name) for name in paths]
     true = outputs(agent, dynamics, tokenizer)
     for name, x in answer(outputs, *copies).items():
@@ -153,9 +165,6 @@ def shortcut_target(f, z_tilde, z1, tau, d, d_min):
     raise NotImplementedError
 ''').shortcut_target
 
-    def net(z, tau, d):
-        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
-
     z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     d = torch.tensor([[0.5, 0.25, 1 / 16, 0.5]] * 2)
     for tau in (torch.zeros(2, 4), d):
@@ -193,9 +202,6 @@ def euler_sample(f, z, k):
     Z). Returns clean latents."""
     raise NotImplementedError
 ''').euler_sample
-
-    def net(z, tau, d):
-        return 0.5 * z + tau[:, :, None, None] + d[:, :, None, None] ** 2
 
     z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     for k in (1, 4):

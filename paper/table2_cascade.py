@@ -14,6 +14,7 @@ to train.py (default --train.dynamics_steps 600).
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,27 +29,35 @@ from play import (Result, Sampler, evaluate_world, find, read_metrics, reference
                   t_interval)
 from tokenizer import compile_module
 
-# what is changed, flags of train.py, K; the paper's seconds a step, frames/s, distance
+
+class Design(NamedTuple):
+    name: str
+    flags: dict                 # of train.py, that it changes
+    k: int = 4
+    paper: tuple = ()           # its seconds a step, frames/s, Frechet distance: see PAPER
+
+
 DESIGNS = (
-    ("diffusion forcing, v-prediction, K = 16 (paper: 64)",
-     {"prediction": "v", "loss_space": "v", "p_boot": 0, "step_label": "min",
-      "ramp": "false", "dense": "true", "time_every": 1, "kv_heads": 4, "registers": 0,
-      "train.long_share": 1}, 16, (9.8, 0.8, 306)),
-    ("K = 4", {}, 4, (9.8, 9.1, 875)),
-    ("+ shortcut", {"p_boot": 0.25, "step_label": "own"}, 4, (9.8, 9.1, 329)),
-    ("+ x-prediction", {"prediction": "x"}, 4, (9.8, 9.1, 326)),
-    ("+ x-loss", {"loss_space": "x"}, 4, (9.8, 9.1, 151)),
-    ("+ ramp", {"ramp": "true"}, 4, (9.8, 9.1, 102)),
-    ("+ alternating lengths", {"train.long_share": 0.25}, 4, (1.5, 9.1, 80)),
-    ("+ time in one layer of two (paper: four)", {"time_every": 2}, 4, (0.6, 18.9, 70)),
-    ("+ GQA", {"kv_heads": 2}, 4, (0.5, 23.2, 71)),
-    ("+ time-factorised", {"dense": "false"}, 4, (0.4, 30.1, 91)),
-    ("+ registers", {"registers": 2}, 4, (0.5, 28.9, 91)),
-    ("+ more latents", {"pack": 1}, 4, (0.8, 25.7, 66)),
+    Design("diffusion forcing, v-prediction, K = 16 (paper: 64)",
+           {"prediction": "v", "loss_space": "v", "p_boot": 0, "step_label": "min",
+            "ramp": "false", "dense": "true", "time_every": 1, "kv_heads": 4,
+            "registers": 0, "train.long_share": 1}, 16, (9.8, 0.8, 306)),
+    Design("K = 4", {}, 4, (9.8, 9.1, 875)),
+    Design("+ shortcut", {"p_boot": 0.25, "step_label": "own"}, 4, (9.8, 9.1, 329)),
+    Design("+ x-prediction", {"prediction": "x"}, 4, (9.8, 9.1, 326)),
+    Design("+ x-loss", {"loss_space": "x"}, 4, (9.8, 9.1, 151)),
+    Design("+ ramp", {"ramp": "true"}, 4, (9.8, 9.1, 102)),
+    Design("+ alternating lengths", {"train.long_share": 0.25}, 4, (1.5, 9.1, 80)),
+    Design("+ time in one layer of two (paper: four)", {"time_every": 2}, 4,
+           (0.6, 18.9, 70)),
+    Design("+ GQA", {"kv_heads": 2}, 4, (0.5, 23.2, 71)),
+    Design("+ time-factorised", {"dense": "false"}, 4, (0.4, 30.1, 91)),
+    Design("+ registers", {"registers": 2}, 4, (0.5, 28.9, 91)),
+    Design("+ more latents", {"pack": 1}, 4, (0.8, 25.7, 66)),
     # not kept: changes of the row "+ registers"
-    ("registers, bootstrap in each row", {"pack": 9, "p_boot": 1}, 4, ()),
-    ("registers, v-prediction and v-loss",
-     {"p_boot": 0.25, "prediction": "v", "loss_space": "v"}, 4, (1.7, 21.4, 124)))
+    Design("registers, bootstrap in each row", {"pack": 9, "p_boot": 1}),
+    Design("registers, v-prediction and v-loss",
+           {"p_boot": 0.25, "prediction": "v", "loss_space": "v"}))
 PAPER = ("paper: step, s", "paper: frames/s", "paper: Frechet")
 VIDEOS = 512
 
@@ -57,8 +66,8 @@ def flags_of(number):
     """Of a design: those of all before it, too -> words for train.py, and whether its
     latents are unpacked."""
     flags = {}
-    for _, changed, *_ in DESIGNS[:number + 1]:
-        flags |= changed
+    for design in DESIGNS[:number + 1]:
+        flags |= design.flags
     pack = flags.pop("pack", 9)
     words = [(name if "." in name else f"dynamics.{name}", value)
              for name, value in flags.items()]
@@ -116,7 +125,7 @@ def main():
         raise UserError(f"Got {args.run}, whose latents are not packed, need a run of the "
                         "preset cpu.")
     for number in args.designs:
-        design, _, k, paper = DESIGNS[number]
+        design = DESIGNS[number]
         words, unpacked = flags_of(number)
         words += ["--preset", "cpu", "--train.dynamics_steps", "600", *flags]
         same = next(i for i in range(number + 1) if flags_of(i) == flags_of(number))
@@ -126,15 +135,15 @@ def main():
             folder = results.trained(f"table2_{same}_{seed}", "dynamics", "--base", source,
                                      "--seed", str(seed), *words)
             dataset = reference_of(folder)
-            found.append(judge(folder, k, actor, dataset, device, args.dtype))
+            found.append(judge(folder, design.k, actor, dataset, device, args.dtype))
         for measure in found[0]:
             values = t_interval(np.array([one[measure] for one in found]))
             unit = {"PSNR, 4 ahead": "dB", "F1": "share", "changed cells": "share"}
             rows.append(Result("cascade", *values, len(found), unit.get(measure, ""),
-                               {"design": design, "measure": measure}))
+                               {"design": design.name, "measure": measure}))
         rows += [Result("cascade", value, None, None, 1, "",
-                        {"design": design, "measure": measure})
-                 for measure, value in zip(PAPER, paper, strict=False)]
+                        {"design": design.name, "measure": measure})
+                 for measure, value in zip(PAPER, design.paper, strict=False)]
     results.save("table2_cascade", rows, args.seeds)
 
 

@@ -496,7 +496,7 @@ def test_the_cascade_ends_at_the_default(tmp_path, monkeypatch):
     """Fails if a row of Table 2 is refused by train.py, or drops the change of a row before
     it; or the one with registers isn't the default; or unpacked latents are other ones."""
     monkeypatch.setattr(sys, "argv", ["x"])
-    names = [name for name, *_ in table2_cascade.DESIGNS]
+    names = [design.name for design in table2_cascade.DESIGNS]
     parsed = [train.parse(["--stage", "dynamics", *table2_cascade.flags_of(i)[0]])[1]
               for i in range(len(names))]
     whole, default = names.index("+ registers"), train.parse([])[1]
@@ -506,7 +506,7 @@ def test_the_cascade_ends_at_the_default(tmp_path, monkeypatch):
     assert differ == [10, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     unpacked = [table2_cascade.flags_of(i)[1] for i in range(len(names))]
     assert unpacked == [False] * (whole + 1) + [True, False, False]
-    assert [k for _, _, k, _ in table2_cascade.DESIGNS] == [16] + [4] * 13
+    assert [design.k for design in table2_cascade.DESIGNS] == [16] + [4] * 13
     for i, changed in ((-2, {"p_boot": 1}), (-1, {"prediction": "v", "loss_space": "v"})):
         assert parsed[i] == default | {"dynamics": default["dynamics"] | changed}
     monkeypatch.chdir(tmp_path)
@@ -556,7 +556,7 @@ def test_a_design_is_judged_and_trained_as_itself(tmp_path, monkeypatch):
     assert len(trained) == 28 and len(set(trained)) == 26
     assert len({words[0] for words in trained}) == 26
     assert len({words[1:] for words in trained}) == 26
-    for design, measure, value in ((table2_cascade.DESIGNS[0][0], "Frechet", 16),
+    for design, measure, value in ((table2_cascade.DESIGNS[0].name, "Frechet", 16),
                                    ("+ GQA", "paper: frames/s", 23.2),
                                    ("+ GQA", "paper: step, s", 0.5)):
         assert value_of(saved, "cascade", {"design": design, "measure": measure}) == value
@@ -620,8 +620,8 @@ def test_exercises_pass_with_the_right_answers_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(exercises.random, "choice", lambda bugs, bug=bug: bug)
         with pytest.raises(exercises.NotYet, match="still wrong"):
             exercises.planted_bug()
-        path = tmp_path / f"{bug[0]}.py"
-        assert path.read_text().count(bug[2]) >= 1
+        path = tmp_path / f"{bug.file}.py"
+        assert path.read_text().count(bug.planted) >= 1
         path.write_text((results.ROOT / path.name).read_text())
         exercises.planted_bug()
         for name in ("agent", "dynamics", "tokenizer"):
