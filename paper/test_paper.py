@@ -647,3 +647,14 @@ def test_exercises_pass_with_the_right_answers_alone(tmp_path, monkeypatch):
         path.write_text(text.replace(f"{line}, device=device)", f"{line}) {change}"))
         with pytest.raises(exercises.NotYet, match=why) if why else nullcontext():
             exercises.noise_schedule()
+
+
+def test_memory_of_one_gpu_among_eight():
+    """Fails if weights, gradients (4 bytes each, whole in a step) or an eighth of the rest
+    are left out; or what goes into each of 36 blocks, 2,048 wide, and all of one block, for
+    an eighth of the frames."""
+    size = {row.of["size"]: row.value for row in bench.sizes("paper")
+            if row.of["model"] == "paper, dynamics"}
+    kept = 4 * size["tokens a frame"] * 2048 * 36 + 1e6 * size["activations MB a frame"] / 36
+    need = (4 + 4 + 16 / 8) * size["parameters"] + kept * size["frames in a step"] / 8
+    assert size["of 8 GPUs, --train.shard"] == pytest.approx(need / 1e9, rel=1e-3)
