@@ -655,6 +655,7 @@ def test_memory_of_one_gpu_among_eight():
     an eighth of the frames."""
     size = {row.of["size"]: row.value for row in bench.sizes("paper")
             if row.of["model"] == "paper, dynamics"}
-    kept = 4 * size["tokens a frame"] * 2048 * 36 + 1e6 * size["activations MB a frame"] / 36
+    kept = 4 * size["tokens a frame"] * 2048 * 36
+    kept += 1e6 * size["activations MB a frame"] / 36
     need = (4 + 4 + 16 / 8) * size["parameters"] + kept * size["frames in a step"] / 8
     assert size["of 8 GPUs, --train.shard"] == pytest.approx(need / 1e9, rel=1e-3)
