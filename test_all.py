@@ -2920,14 +2920,15 @@ def test_two_processes_equal_one(finished, tmp_path, shard):
                            "--train.shard", shard if n == 2 else "false")
             assert run.returncode == 0, run.stderr[-2000:]
         one, two = (metrics_of(tmp_path / "runs" / name, stage) for name in ("one", "two"))
-        assert len(one) == len(two) == 20
-        worst = {k: max(abs(a[k] / b[k] - 1) for a, b in zip(one, two, strict=True))
+        assert len(one) == len(two) == (24 if stage == "agent" else 20)
+        pairs = list(zip(one, two, strict=True))
+        worst = {k: max(abs(a[k] / b[k] - 1) for a, b in pairs if k in a)
                  for k in losses[stage]}
         print(stage, worst)
         assert max(worst.values()) < 1e-3, (stage, worst)
-        assert one[0][losses[stage][0]] != one[-1][losses[stage][0]]
+        assert one[0][losses[stage][0]] != one[19][losses[stage][0]]
         if stage in ("dynamics", "agent"):      # metrics are of a process's own rows
-            assert abs(one[-1]["flow"] / two[-1]["flow"] - 1) > 1e-3
+            assert abs(one[19]["flow"] / two[19]["flow"] - 1) > 1e-3
         shutil.copy(tmp_path / f"runs/one/{stage}.pt", tmp_path / f"runs/two/{stage}.pt")
 
 

@@ -1069,7 +1069,8 @@ def keep_states(job, recordings, run):
 
     # the policy watches them, many at once
     world = Dynamics(run.dynamics.cfg, run.spec.actions)    # not compiled: rows get fewer
-    world.load_state_dict(run.dynamics.state_dict())
+    for own, trained in zip(world.parameters(), run.dynamics.parameters(), strict=True):
+        own.copy_(trained)
     run = dataclasses.replace(run, dynamics=freeze(world, job.device, job.args.dtype))
     noise, kept = torch.Generator(job.device).manual_seed(job.args.seed), []
     for start in tqdm(range(0, len(episodes), KEPT_ROWS), "h of recorded play"):
