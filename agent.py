@@ -155,9 +155,9 @@ class Head(nn.Module):
 
 
 class Agent(nn.Module):
-    """Heads on h (..., dim), from the dynamics: policy, reward, continue, value, and the
-    frozen prior that imagination starts from and stays near. The reward head is asked about
-    a task, which need not be the prompt: every frame can teach it about all of them."""
+    """Heads on the agent token's output h: policy, reward, continue, value, and the frozen
+    prior that imagination starts from and stays near. The reward head is asked about a
+    task, which need not be the prompt: every frame can teach it about all of them."""
 
     def __init__(self, cfg, dim, action_spec, tasks):
         super().__init__()
@@ -511,7 +511,7 @@ def build_run(path, state):
     if "dynamics" in state:
         run.dynamics = Dynamics(DynamicsConfig(**config["dynamics"]), spec.actions)
     if "agent" in state:
-        run.agent = Agent(AgentConfig(**config["agent"]), run.dynamics.h_dim,
+        run.agent = Agent(AgentConfig(**config["agent"]), config["dynamics"]["dim"],
                           spec.actions, len(spec.tasks))
     for name in ("tokenizer", "dynamics", "agent"):
         if module := getattr(run, name):

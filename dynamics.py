@@ -260,16 +260,11 @@ class Dynamics(nn.Module):
         """Signal level of committed frames: the trained grid point nearest to TAU_CTX."""
         return min(round(TAU_CTX * self.cfg.k_max), self.cfg.k_max - 1) * self.d_min
 
-    @property
-    def h_dim(self):
-        return 2 * self.cfg.dim + self.cfg.tokens * self.cfg.channels
-
     def forward(self, z_tilde, tau, d, batch, cache=None):
         """z_tilde (B, T, S_z, Z), tau and d (B, T) on the grid; of the batch its actions,
         labelled, task (cfg.tasks: no task; None: no agent tokens) and single.
-        Returns z1_hat (B, T, S_z, Z) fp32 and h (B, T, h_dim), what the agent's heads read,
-        or None: the agent token as it comes out and (not in the paper) as it went in, and
-        the frame as it was shown.
+        Returns z1_hat (B, T, S_z, Z) fp32 and h (B, T, D), the agent token's output, or
+        None.
         """
         B, T, S_z, _ = z_tilde.shape
         cfg, labelled, single = self.cfg, batch.labelled, batch.single
@@ -294,10 +289,7 @@ class Dynamics(nn.Module):
         x = self.transformer(x, mask, cache, single, agents)
         output = self.latent_out(x[:, :, 2:2 + S_z]).float()    # behind action and level
         z1_hat = x_prediction(output, z_tilde, tau, cfg.prediction)
-        if not agents:
-            return z1_hat, None
-        told = tokens[-1][:, :, 0]
-        return z1_hat, torch.cat([x[:, :, -1].float(), told, z_tilde.flatten(2)], -1)
+        return z1_hat, x[:, :, -1].float() if agents else None
 
 
 def noise_like(z, generator):

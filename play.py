@@ -512,16 +512,11 @@ class Actor:
 
     @torch.no_grad()
     def observe(self, frames, actions, labelled, task, changed=()):
-        """frames (N, H, W, 3), the actions (N, A) that led there, whether they are known,
-        task (N,) from now on. Where the prompt `changed` (N,), the window is replayed with
-        the new one, so that the cache of agent tokens never mixes prompts."""
+        """frames (N, H, W, 3), the actions (N, A) that led there, task (N,) from now on.
+        Where the prompt `changed`, the window is replayed with the new one, so that the
+        cache of agent tokens never mixes prompts."""
         z = self.run.tokenizer.encode(self.tensor(frames)[:, None], self.encoder)
-        self.observe_latents(z, actions, labelled, task, changed)
-
-    @torch.no_grad()
-    def observe_latents(self, z, actions, labelled, task, changed=()):
-        """As observe, of latents (N, 1, S_z, Z)."""
-        labelled = self.tensor(labelled).expand(len(z))[:, None]
+        labelled = torch.full(z.shape[:2], labelled, device=z.device)
         now = (z, self.tensor(actions)[:, None], labelled)
         self.history = [*self.history, now][-self.dream.cache.context:]
         self.task = self.run.agent.prompt(self.tensor(task))

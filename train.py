@@ -43,10 +43,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import play
-from agent import (RELEVANT, STAGES, Agent, AgentConfig, action_log_prob, agent_losses,
-                   autocast, cloned_targets, dream_of, freeze, imagination_losses,
-                   imagine_rollout, load_checkpoint, load_run, pick_device,
-                   pick_dtype, save_checkpoint, sha256_of)
+from agent import (RELEVANT, STAGES, Agent, AgentConfig, agent_losses, autocast,
+                   cloned_targets, dream_of, freeze, imagination_losses, imagine_rollout,
+                   load_checkpoint, load_run, pick_device, pick_dtype, save_checkpoint,
+                   sha256_of)
 from data import (Dataset, UserError, Windows, check_config, check_world, file_name,
                   make_env, read_json, record, rng_for, run_cli, this_command,
                   world_presets, write_json, write_whole)
@@ -65,7 +65,7 @@ class DataConfig:
     frameskip: int = 1          # how often an action is repeated
     bins: int = 11              # classes for a number of an action; 0: the number itself
     path: str = ""              # default: datasets/ENV_EPISODESxLENGTH, recorded if missing
-    episodes: int = 480
+    episodes: int = 240
     length: int = 500
     labels: str = "1"           # share of the episodes, in order, with known actions; or a
                                 # recorded probe, where it isn't 0
@@ -96,8 +96,7 @@ class TrainConfig:
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
     dynamics_steps: int = 2000
-    agent_steps: int = 1200
-    agent_policy_steps: int = 2400      # behind them, of the policy head alone
+    agent_steps: int = 1800
     imagine_steps: int = 540
     batch: int = 32             # of short windows; long ones hold as many frames in all
     length: int = 16            # 64 (T1)
@@ -110,7 +109,8 @@ class TrainConfig:
     imagine_batch: int = 64
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
-    lr_policy: float = 3e-4     # AdamW in imagination
+    lr_policy: float = 1e-3     # AdamW in imagination
+    warmup: int = 50            # steps, at most a tenth of the stage
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     compile: bool = True        # torch.compile of the transformers' blocks
     shard: bool = False         # for what is too large for one GPU: see shard()
@@ -118,22 +118,11 @@ class TrainConfig:
 
     def __post_init__(self):
         shares = ("long_share", "event_rows", "boot_after", "cooldown")
-        check_config("train", self, zero=("agent_policy_steps",), shares=shares)
+        check_config("train", self, zero=("warmup",), shares=shares)
         if self.shard and self.compile:
             raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
-def steps_of(train, stage):
-    """All steps of a stage; 0: it is none."""
-    more = train.agent_policy_steps if stage == "agent" else 0
-    return getattr(train, f"{stage}_steps", 0) + more
-
-
-WARMUP = 50                 # steps, at most a tenth of the stage, at least a hundredth
-POLICY_BATCH = 512          # frames of a step that trains the policy head alone
-POLICY_REUSE = 6            # how often such steps meet a frame, if there are so many
-KEPT_ROWS = 64              # episodes whose h is computed at once
-POLICY_RATE = 1 / 3         # of the other steps' learning rate
 PURE_NOISE = 0.25           # of the frames of clean-past clips
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
 CLIP = 1.0                  # norm to which a larger gradient is cut
@@ -162,8 +151,7 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
     "smoke": {"data.episodes": 12, "data.length": 80, "data.reference_episodes": 4,
               "data.eval_episodes": 4, "data.eval_length": 40, "dynamics.dim": 128,
               "train.tokenizer_batch": 4, "train.tokenizer_steps": 60,
-              "train.dynamics_steps": 40, "train.agent_steps": 20,
-              "train.agent_policy_steps": 40, "train.imagine_steps": 6,
+              "train.dynamics_steps": 40, "train.agent_steps": 20, "train.imagine_steps": 6,
               "train.batch": 12, "train.compile": False, "train.log_every": 5,
               "agent.horizon": 6, "train.imagine_batch": 16},
     # the choices that the paper states, as far as they are flags, at the default's sizes
@@ -172,9 +160,9 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                "train.boot_after": 0.0, "agent.bc_level": "uniform", "agent.bc_weight": 1.0,
                "agent.prompt_order": 0.0, "agent.temperature": 1.0, "agent.k": 0,
                "agent.imagined_tasks": "all", "agent.end_on_event": False,
-               "agent.gamma": 0.997, "train.agent_policy_steps": 0},
+               "agent.gamma": 0.997},
     # a token for each patch of a frame: more work a frame, so a smaller model and batch
-    "cpu_long": {"data.episodes": 960, "tokenizer.pack": 1, "dynamics.dim": 128,
+    "cpu_long": {"data.episodes": 480, "tokenizer.pack": 1, "dynamics.dim": 128,
                  "dynamics.heads": 2, "dynamics.kv_heads": 1, "dynamics.layers": 6,
                  "dynamics.time_every": 3, "train.batch": 16, "train.imagine_batch": 32,
                  "agent.horizon": 6, "train.cooldown": 0.65, "train.event_rows": 0.6,
@@ -182,8 +170,8 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
                  "train.agent_steps": 2400, "train.imagine_steps": 900},
 }
 # cpu_long with wider dynamics, more rows and play; compiling would take a GPU minutes
-PRESETS["gpu"] = {**PRESETS["cpu_long"], "dynamics.dim": 256, "dynamics.heads": 4,
-                  "dynamics.kv_heads": 2, "train.batch": 48,
+PRESETS["gpu"] = {**PRESETS["cpu_long"], "data.episodes": 960, "dynamics.dim": 256,
+                  "dynamics.heads": 4, "dynamics.kv_heads": 2, "train.batch": 48,
                   "train.imagine_batch": 128, "train.lr_matrix": 5e-3, "train.lr": 2e-3,
                   "train.compile": False, "train.tokenizer_steps": 2000,
                   "train.dynamics_steps": 8000, "train.agent_steps": 3000}
@@ -256,7 +244,7 @@ def check_flags(args, configs):
     train, dynamics, k = configs["train"], configs["dynamics"], configs["agent"]["k"]
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"Got --seed {args.seed}, need a whole number from 0.")
-    steps = steps_of(TrainConfig(**train), args.stage)
+    steps = train.get(f"{args.stage}_steps", 0)
     if args.replay is not None and not 0 <= args.replay < steps:
         raise UserError(f"Got --replay {args.replay} --stage {args.stage}, need one stage "
                         "and a step of it.")
@@ -412,17 +400,10 @@ def make_optimizers(modules, lr_matrix, lr):
 
 
 def set_rates(job, optimizers, step):
-    """Linear up to the peak rate, flat, linear down to 0; the policy head's own steps once
-    more."""
-    first, last = 0, job.steps
-    if job.stage == "agent":
-        middle = job.train.agent_steps
-        first, last = (first, middle) if step < middle else (middle, last)
-    cooldown = max(job.train.cooldown * (last - first), 1)
-    warmup = max(min(WARMUP, (last - first) // 10), (last - first) // 100, 1)
-    share = min(1.0, (step - first + 1) / warmup, (last - step) / cooldown)
-    if first:
-        share *= POLICY_RATE
+    """Linear up to the peak rate, flat, linear down to 0."""
+    warmup = max(min(job.train.warmup, job.steps // 10), 1)
+    cooldown = max(job.train.cooldown * job.steps, 1)
+    share = min(1.0, (step + 1) / warmup, (job.steps - step) / cooldown)
     for optimizer in optimizers:
         for group in optimizer.param_groups:        # checkpoints keep the peak in the group
             group["lr"] = share * group.setdefault("peak", group["lr"])
@@ -1047,63 +1028,9 @@ def train_dynamics(job):
     save_stage(job, tokenizer=run.tokenizer, dynamics=dynamics)
 
 
-@torch.no_grad()
-def keep_states(job, recordings, run):
-    """What the policy head learns from alone: h (n, h_dim), bf16, as in play, of training
-    frames whose next action (n, A) is known and on the way to the prompt of then (any next
-    action, where none is); of as many episodes as it takes."""
-    data, task, rng = job.dataset, recordings.along.task, rng_for(job.args.seed, "kept", 0)
-    episodes = [data.episode(i) for i in data.episodes("all")]
-    actions, labelled = (np.concatenate([episode[name] for episode in episodes])
-                         for name in ("actions", "labelled"))
-    labelled &= recordings.labelled
-    known = np.roll(labelled, -1)
-    known[data.offsets[1:] - 1] = False             # an episode ends there
-    cloned = known & (recordings.along.ahead <= ON_THE_WAY)
-    cloned = cloned if cloned.any() else known
-    episodes = rng.permutation(data.episodes("train"))
-    count = [cloned[data.offsets[i]:data.offsets[i + 1]].sum() for i in episodes]
-    needed = job.train.agent_policy_steps * POLICY_BATCH / POLICY_REUSE
-    episodes = episodes[np.cumsum(count) - count < needed]
-    episodes = episodes[np.argsort(-data.lengths[episodes], kind="stable")]
-
-    # the policy watches them, many at once
-    world = Dynamics(run.dynamics.cfg, run.spec.actions)    # not compiled: rows get fewer
-    for own, trained in zip(world.parameters(), run.dynamics.parameters(), strict=True):
-        own.copy_(trained)
-    run = dataclasses.replace(run, dynamics=freeze(world, job.device, job.args.dtype))
-    noise, kept = torch.Generator(job.device).manual_seed(job.args.seed), []
-    for start in tqdm(range(0, len(episodes), KEPT_ROWS), "h of recorded play"):
-        group = episodes[start:start + KEPT_ROWS]
-        at, end = data.offsets[group], data.offsets[group + 1]
-        actor, changed = play.Actor(run, noise), ()
-        while len(at):
-            z = torch.from_numpy(recordings.latents[at].astype(np.float32))[:, None]
-            actor.observe_latents(z.to(job.device), actions[at], labelled[at], task[at],
-                                  changed)
-            rows = np.flatnonzero(cloned[at])
-            kept.append((actor.h[rows].bfloat16(), actor.tensor(actions[at[rows] + 1])))
-            more = np.flatnonzero(at + 1 < end)
-            changed = task[at[more] + 1] != task[at[more]]
-            if 0 < len(more) < len(at):
-                actor.select_rows(more)
-            at, end = at[more] + 1, end[more]
-    return tuple(torch.cat(x) for x in zip(*kept, strict=True))
-
-
-def policy_losses(agent, h, actions, draws):
-    """Next actions of frames in random order: many more of them than the windows through
-    the dynamics can pay for."""
-    rows = torch.from_numpy(draws.rng.integers(len(h), size=divisible(POLICY_BATCH)))
-    rows = to_device(rows[OWN_ROWS], h.device)
-    logits = agent.policy(h[rows].float(), 1)[:, 0]
-    bc = -action_log_prob(agent.spec, logits, actions[rows]).mean()
-    return {"bc": bc}, {"bc_next_action": bc.detach()}
-
-
 def train_agent(job):
-    """Section 3.3, Eq. 9: agent token and heads; the dynamics go on learning beside them.
-    In the last agent_policy_steps the policy head learns alone."""
+    """Section 3.3, Eq. 9: agent token and heads; the dynamics go on learning beside
+    them."""
     run = open_stage(job, "dynamics")
     recordings, dynamics, spec = Recordings(job), run.dynamics, run.spec
     recordings.latents = open_latents(job, run.tokenizer)
@@ -1111,23 +1038,14 @@ def train_agent(job):
     dynamics.requires_grad_(True)
     if not cfg.pretrained:
         dynamics = Dynamics(dyn, spec.actions).to(job.device)
-    agent = Agent(cfg, dynamics.h_dim, spec.actions, len(spec.tasks)).to(job.device)
+    agent = Agent(cfg, dyn.dim, spec.actions, len(spec.tasks)).to(job.device)
     if job.train.compile:
         compile_module(dynamics, job.device)
-    trained = dataclasses.replace(run, dynamics=dynamics, agent=agent)
-    keep = functools.cache(lambda: keep_states(job, recordings, trained))
 
     def loss_fn(draws):
-        if draws.step >= job.train.agent_steps:
-            metrics = {}
-            if (draws.step + 1) % SAVE_EVERY == 0:
-                metrics = imitation_check(job, recordings, dynamics, agent)
-            losses, more = policy_losses(agent, *keep(), draws)
-            return losses, {**metrics, **more}
-
         # the last rows show their task being done, or the way there, and are cloned; the
         # others are anywhere
-        B, T = batch_shape(job.train, draws.step, job.train.agent_steps)
+        B, T = batch_shape(job.train, draws.step, job.steps)
         n = min(round(RELEVANT * B / PROCESSES), B // PROCESSES - 1)    # in each process
         others = B - n * PROCESSES
         kinds = recordings.anywhere(others, T)
@@ -1208,7 +1126,7 @@ def train_imagine(job):
 
     # the value head starts from nothing and must be ahead
     groups = [{"params": agent.policy.parameters(), "lr": train.lr_policy},
-              {"params": agent.value.parameters(), "lr": 10 * train.lr_policy}]
+              {"params": agent.value.parameters(), "lr": 3 * train.lr_policy}]
     fit(job, [agent], loss_fn, [torch.optim.AdamW(groups, weight_decay=0.0)])
     save_stage(job, tokenizer=run.tokenizer, dynamics=run.dynamics, agent=agent)
 
@@ -1233,7 +1151,7 @@ def pictures(job, run):
 
 def run_stage(job, stage):
     """Train a stage, or see that it is there; then what a person looks at."""
-    job.stage, job.steps = stage, steps_of(job.train, stage)
+    job.stage, job.steps = stage, getattr(job.train, f"{stage}_steps")
     job.began, job.provenance = time.perf_counter(), provenance_of(job, stage)
     final = job.folder / f"{stage}.pt"
     if job.args.resume == "no" and job.args.replay is None:

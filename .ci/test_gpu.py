@@ -22,7 +22,7 @@ B, T, Z = 8, 16, 64
 def nets():
     torch.manual_seed(0)
     cfg = DynamicsConfig(channels=Z, dim=64, heads=4, kv_heads=2, tasks=3, context=8)
-    nets = Dynamics(cfg, SPEC), Agent(AgentConfig(hidden=32), 2 * 64 + 9 * Z, SPEC, 3)
+    nets = Dynamics(cfg, SPEC), Agent(AgentConfig(hidden=32), 64, SPEC, 3)
     with torch.no_grad():
         for net in nets:
             for p in net.parameters():

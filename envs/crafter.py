@@ -410,8 +410,9 @@ class CrafterPlayer:
         if self.rng.random() < self.skill.dither:
             pairs = ["noop"] * 2, ["move_left", "move_right"], ["move_up", "move_down"]
             self.queue += pairs[self.rng.integers(3)] * int(self.rng.integers(1, 4))
-        # no slip sends to sleep; one into lava shows what that does
-        if name == "sleep" and planned != "sleep":
+        # no slip sends to sleep, and nothing into lava
+        into_lava = any(MOVES[m] == name and self.ahead(m)[0] == "lava" for m in MOVES)
+        if into_lava or (name == "sleep" and planned != "sleep"):
             name = "noop"
         index = self.rules.actions.index("sleep" if self.me.sleeping else name)
         return np.array([index], np.float32)

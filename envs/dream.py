@@ -45,7 +45,7 @@ class DreamVector(gymnasium.vector.VectorEnv):
         self.draws = observation == "frame"         # decode the frames
         self.task = torch.full((num_envs, 1), spec.tasks.index(task), device=self.device)
         frame = spaces.Box(0, 255, (spec.height, spec.width, 3), np.uint8)
-        h = spaces.Box(-np.inf, np.inf, (self.run.dynamics.h_dim,), np.float32)
+        h = spaces.Box(-np.inf, np.inf, (self.run.dynamics.cfg.dim,), np.float32)
         self.single_observation_space = frame if observation == "frame" else h
         sizes = spec.actions.classes        # an agent has no other actions
         self.single_action_space = (spaces.Discrete(sizes[0]) if len(sizes) == 1 else

@@ -656,9 +656,9 @@ TINY = f"""--data.env {MINE} --data.path in_set --data.reference held_set --run 
 --tokenizer.latents 4 --tokenizer.channels 4 --tokenizer.layers 3 --dynamics.dim 16
 --dynamics.layers 3 --dynamics.context 8 --agent.hidden 16 --agent.horizon 3
 --agent.context 4 --train.tokenizer_steps 8 --train.tokenizer_batch 2
---train.dynamics_steps 8 --train.agent_steps 8 --train.agent_policy_steps 4
---train.imagine_steps 8 --train.batch 6 --train.imagine_batch 4 --train.length 6
---train.long_length 12 --train.compile false --train.log_every 4""".split()
+--train.dynamics_steps 8 --train.agent_steps 8 --train.imagine_steps 8 --train.batch 6
+--train.imagine_batch 4 --train.length 6 --train.long_length 12 --train.compile false
+--train.log_every 4""".split()
 
 
 @pytest.mark.slow

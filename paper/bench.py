@@ -207,7 +207,7 @@ def bench_dreams(rows, device, dtype):
 def bench_imagination(rows, device, dtype, run=None):
     """Rollouts of 12 frames; those of a run, and its dream, decoded, as in the game."""
     net = compile_for_bench(freeze(new_dynamics(device), device, dtype), device)
-    agent = Agent(AgentConfig(), net.h_dim, SPEC, 22).to(device)
+    agent = Agent(AgentConfig(), net.cfg.dim, SPEC, 22).to(device)
     for k in (1, 4):
         rate = imagination_rate(partial(Dream, net, k=k), agent, 64, 16, 12)
         note(rows, "imagination, 64 x 16", rate, "frames/s", k)

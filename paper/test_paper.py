@@ -67,8 +67,7 @@ def key_run(seed=0):
                                           channels=3, pack=2, context=3, **sizes))
     cfg = DynamicsConfig(tokens=2, channels=6, tasks=2, context=4, time_every=3, **sizes)
     dynamics = Dynamics(cfg, spec.actions)
-    agent = Agent(AgentConfig(hidden=16, context=3, horizon=5), dynamics.h_dim,
-                  spec.actions, 2)
+    agent = Agent(AgentConfig(hidden=16, context=3, horizon=5), 16, spec.actions, 2)
     for module, start in ((tokenizer, 0), (dynamics, 0), (agent, seed)):
         generator = torch.Generator().manual_seed(start)
         for weight in module.eval().parameters():
