@@ -935,8 +935,11 @@ def describe(dataset):
         name = f"**{task}**" if task in dataset.spec.achievements else task
         done[name] = dataset.events[dataset.events[:, 2] == tasks.index(task), 0]
     if dataset.spec.returns:
-        done = {"died": done["died"]}
-        sums = np.array([dataset.rows(i)["events"].sum() for i in groups["all"]])
+        done = {"died": done["died"]}           # rewards all along have no list of events
+        for task, name in enumerate(tasks[1:], 1):
+            done[name] = [i for i in groups["all"]
+                          if dataset.rows(i)["events"][:, task].any()]
+        sums = np.array([dataset.rows(i)["events"][:, 0].sum() for i in groups["all"]])
         table["mean return"] = [f"{sums[group].mean():.4g}" for group in groups.values()]
     for name, episodes in done.items():
         shares = [np.isin(group, episodes).mean() for group in groups.values()]

@@ -487,7 +487,7 @@ def before_returns(data):
     """prompts_along where rewards are summed: which frames have the best returns ahead.
     Behind the end of a recording that was cut off the mean reward goes on."""
     returns, episodes = np.zeros(data.frames_total), data.episodes("all")
-    rewards = [np.asarray(data.episode(i)["events"]).sum(1) for i in episodes]
+    rewards = [np.asarray(data.episode(i)["events"])[:, 0] for i in episodes]
     mean = np.concatenate([x[1:] for x in rewards]).mean()
     for i, reward in zip(episodes, rewards, strict=True):
         first, last = data.offsets[i], len(reward) - 1
@@ -549,12 +549,12 @@ class Actor:
 def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.0):
     """One sampled episode in each of `worlds` (VecEnv); run None: uniform random actions.
     Returns first (N, tasks + 1): the step at which each task was first done (spec.returns:
-    the sum of its rewards) and, last, that of death, inf where never."""
+    of the first the sum of its rewards) and, last, that of death, inf where never."""
     spec, N = worlds.spec, len(worlds.seeds)
     device = run.device if run else torch.device("cpu")
     frames, order, alive = worlds.reset(), PromptOrder(spec, N), np.arange(N)
     first, rng = np.full((N, len(spec.tasks) + 1), np.inf), np.random.default_rng(seed)
-    total = np.zeros((N, len(spec.tasks)))
+    total = np.zeros(N)
     with autocast(device, dtype):
         if run:
             actor = Actor(run, torch.Generator(device).manual_seed(seed), temperature)
@@ -567,7 +567,7 @@ def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.
             # what has happened for the first time, and the prompts that follow
             now = np.concatenate([events > 0, terminal[:, None]], 1)
             first[now & np.isinf(first)] = step
-            total += events
+            total += events[:, :1].sum(1)
             changed = order.advance(events)
             if terminal.all():
                 break
@@ -581,7 +581,7 @@ def play_episodes(worlds, length, run=None, dtype="auto", seed=0, temperature=1.
                 actor.observe(frames[alive], actions[alive], True, order.task[alive],
                               changed[alive])
     if spec.returns:
-        first[:, :-1] = total
+        first[:, 0] = total
     return first
 
 
@@ -595,7 +595,7 @@ def play_recorded(worlds, length):
             events = np.column_stack([episode["events"] > 0, episode["continues"] == 0])
             first.append(np.where(events.any(0), events.argmax(0), np.inf))
             if data.spec.returns:
-                first[-1][:-1] = episode["events"].sum(0)
+                first[-1][0] = episode["events"][:, 0].sum()
     return np.stack(first)
 
 
@@ -637,9 +637,9 @@ def played(folder, worlds, agent, length, device, dtype="auto", temperature=0.0)
 
 
 def achievements_of(spec):
-    """The tasks that are counted, by number; none where rewards are summed."""
+    """The tasks that are counted, by number; where rewards are summed those behind it."""
     if spec.returns:
-        return []
+        return list(range(1, len(spec.tasks)))
     return [spec.tasks.index(task) for task in spec.achievements or spec.tasks]
 
 
@@ -647,7 +647,7 @@ def count_achievements(spec, first):
     """first (..., tasks + 1) -> (...): how many were reached, whatever the prompts, or the
     return."""
     if spec.returns:
-        return first[..., :-1].sum(-1)
+        return first[..., 0]
     return np.isfinite(first[..., achievements_of(spec)]).sum(-1)
 
 
@@ -926,7 +926,8 @@ def headlines(folder):
     names = ("tokenizer_psnr", "balanced_cells", "worst_class", "gain_over_copying",
              "gain_over_shuffled", "achievements", "achievements_gain", "alive", "return",
              "return_gain", "wall_minutes")
-    return results_table([row for row in read_results(folder) if row.name in names])
+    return results_table([row for row in read_results(folder) if row.name in names
+                          or row.of.get("task") == "success"])     # where a world says so
 
 
 def results_table(results):

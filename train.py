@@ -1205,7 +1205,7 @@ def check_plan(job, stages):
         raise UserError(f"Got {path} without labelled frames, need actions for the policy: "
                         f"add some (--data.labels), {alone}")
     rows = map(data.rows, data.episodes("train"))
-    if data.spec.returns and not any(episode["events"].any() for episode in rows):
+    if data.spec.returns and not any(row["events"][:, 0].any() for row in rows):
         raise UserError(f"Got no reward at all in {path}, need some to learn from: record "
                         f"more play, {alone}")
     kinds, every = [], cfg.imagined_tasks == "all"

@@ -9,9 +9,10 @@ Discrete, MultiBinary, MultiDiscrete and Box actions, alone or in a Tuple or Dic
 columns of classes; a number of a Box is cut into `bins` classes, with bins=0 it stays one
 (for the world model alone). gymnasium's limit of steps is lifted: --data.length and
 --data.eval_length are the limits here.
-The reward is the one task, "return"; but where the world has `tasks`, a tuple of names,
-info["events"] of a step holds {task: how often it just happened}. It may also have the
-prompt_order, achievements, action_names, needs of an EnvSpec, and what make_env lists.
+The reward is the task, "return"; where the info of a reset has "is_success" or "success",
+that is counted too. But where the world has `tasks`, a tuple of names, info["events"] of a
+step holds {task: how often it just happened}. It may also have the prompt_order,
+achievements, action_names, needs of an EnvSpec, and what make_env lists.
 """
 import importlib
 
@@ -129,7 +130,10 @@ class Gym:
                    if env.has_wrapper_attr(key)}
             self.spec = EnvSpec(name, *self.size, actions, tasks, **has, idle=tuple(idle))
         else:
-            self.spec = EnvSpec(name, *self.size, actions, ("return",), (("return", 0),),
+            info = env.reset(seed=0)[1]
+            self.success = [key for key in ("is_success", "success") if key in info][:1]
+            tasks = ("return", *["success"] * len(self.success))
+            self.spec = EnvSpec(name, *self.size, actions, tasks, (("return", 0),),
                                 returns=True, idle=tuple(idle))
 
     def __getattr__(self, name):
@@ -192,7 +196,10 @@ class Gym:
         for _ in range(self.frameskip):
             observation, reward, terminated, truncated, info = self.env.step(action)
             terminal = terminated or truncated
-            total += float(reward) if self.spec.returns else self.events(info)
+            if self.ours:
+                total += self.events(info)
+            else:
+                total += [float(reward), *(bool(info[key]) for key in self.success)]
             self.cut = truncated and not terminated
             if terminal:
                 break

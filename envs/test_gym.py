@@ -29,22 +29,26 @@ class Probe(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = spaces.Box(-1, 1, (2,))
 
-    def __init__(self, space="Discrete", render_mode=None, limited=False, rare=False):
-        self.limited, self.rare = limited, rare
+    def __init__(self, space="Discrete", render_mode=None, limited=False, rare=False,
+                 goal=None):
+        self.limited, self.rare, self.goal = limited, rare, goal
         self.action_space, self.render_mode = SPACES[space][0], render_mode
         self.buffer = np.zeros((20, 30, 3), np.uint8)       # one for all frames
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.steps, self.got = 0, []
-        return np.zeros(2, np.float32), {}
+        return np.zeros(2, np.float32), self.info()
+
+    def info(self):
+        return {"is_success": self.steps == self.goal} if self.goal else {}
 
     def step(self, action):
         self.got.append(action)
         self.steps += 1
         cut = self.steps == 7 and self.limited      # its own limit of steps
         reward = float(self.steps == 9) if self.rare else self.steps / 10
-        return np.zeros(2, np.float32), reward, self.steps == 9, cut, {}
+        return np.zeros(2, np.float32), reward, self.steps == 9, cut, self.info()
 
     def render(self):
         self.buffer[:] = 20 * self.steps
@@ -103,6 +107,7 @@ def test_tasks_are_found_behind_gymnasiums_wrappers():
 gymnasium.register("ProbeTasked-v0", Tasked)
 gymnasium.register("ProbeLimited-v0", Probe, kwargs={"limited": True})
 gymnasium.register("ProbeRare-v0", Probe, kwargs={"rare": True})
+gymnasium.register("ProbeGoal-v0", Probe, kwargs={"goal": 5})
 for space in SPACES:
     gymnasium.register(f"Probe{space}-v0", Probe, kwargs={"space": space},
                        max_episode_steps=3)
@@ -161,14 +166,23 @@ def test_rare_rewards_are_events_that_windows_are_drawn_for(tmp_path):
 def trained(tmp_path_factory):
     """A folder with runs/gym: all four stages on rewards, evaluation and report."""
     folder = tmp_path_factory.mktemp("gym")
-    train_here(folder, "--data.env", "gym:envs.test_gym:ProbeDiscrete-v0,size=8x12",
+    train_here(folder, "--data.env", "gym:envs.test_gym:ProbeGoal-v0,size=8x12",
                "--run", "gym", "--data.length", 20, "--train.long_length", 9)
     return folder
 
 
 def test_all_stages_learn_from_rewards(trained):
-    """Fails if a stage wants events, or agents are scored by something else."""
+    """Fails if a stage wants events, agents are scored by something else, or what the
+    world calls success gets lost, or counts as a reward."""
     rows = play.read_results(trained / "runs/gym")
+    for name, value in ("success", 1), ("time", 5):
+        for agent in ("BC", "imagination"):
+            row = play.find(rows, name, {"agent": agent, "task": "success"})
+            assert row.value == value, name
+    assert "success" in play.headlines(trained / "runs/gym")
+    data = min((trained / "datasets").iterdir())
+    text = describe(Dataset(data))
+    assert "| mean return | 4.5 |" in text and "| success | 100 % |" in text
     for agent in ("random", "BC", "imagination"):
         row = play.find(rows, "return", {"agent": agent})
         assert abs(row.value - 3.6) < 1e-5 and row.unit == "return"     # 0.1 to 0.8
@@ -181,7 +195,7 @@ def test_the_game_saves_rewards(trained, monkeypatch):
     """Fails if the first row, without a reward, makes an episode of events."""
     monkeypatch.chdir(trained)
     run = load_run("runs/gym")
-    session = play.Session(run, make_env("gym:ProbeDiscrete-v0,size=8x12"), "runs/gym")
+    session = play.Session(run, make_env("gym:ProbeGoal-v0,size=8x12"), "runs/gym")
     for start in ("fresh", "held_out"):
         session.handle({"op": "reset", "start": start})
         session.handle({"op": "save"})
