@@ -44,7 +44,7 @@ SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.5),
           "average": Skill(0.08, 0.010, 0.006, 0.25),
           "novice": Skill(0.25, 0.020, 0.015, 0.15),
           "clumsy": Skill(0.55, 0.030, 0.030, 0.1)}
-IN_VAIN = 0.1           # chance in a step, where rock is in view that no tool of it can dig
+IN_VAIN = 0.25          # chance in a step, where rock is in view that no tool of it can dig
 
 
 def make(argument):
@@ -607,7 +607,7 @@ class CrafterPlayer:
         """As children do. Else no recording would show that rock stays where the tool is
         missing, and agents would learn in dreams to dig without."""
         if (yield from self.go(self.too_hard(), patience=12)):
-            for _ in range(self.rng.integers(1, 4)):
+            for _ in range(self.rng.integers(2, 6)):
                 yield "do"
 
     def wander(self):
