@@ -37,6 +37,7 @@ PLAN = {    # name: its commands, with WORDS and {budget}
     "figure7_labels": ["python -m paper.figure7_labels --run runs/crafter{short}"],
     "preset cpu": ["python train.py --preset cpu --run {small}"],
     "table2_cascade": ["python -m paper.table2_cascade --run runs/{small}"],
+    "table1_world_models": ["python -m paper.table1_world_models --run runs/{small}"],
     "figure6_robot": ["python -m paper.figure6_robot"],
     "ppo_in_dream": ["python -m paper.ppo_in_dream --run runs/crafter"],
     "bench": ["python -m paper.bench", "python -m paper.bench --sizes minecraft",

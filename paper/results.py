@@ -270,6 +270,8 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
     "ppo": partial(pivot, "ppo_in_dream", "success", "agent", "task"),
     "ppo_time": partial(pivot, "ppo_in_dream", "time", "agent", "task"),
+    "table1": partial(pivot, "table1_world_models", "recipe", "recipe", "measure"),
+    "table1_paper": partial(pivot, "table1_world_models", "published", "model", "measure"),
     "table2": partial(pivot, "table2_cascade", "cascade", "design", "measure"),
     "rollouts": partial(pivot, "rollouts", "psnr", "film", "horizon"),
     "bench": partial(pivot, "bench", "bench", "what", "K"),

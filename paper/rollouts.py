@@ -99,7 +99,7 @@ def actions_that_follow(dataset, episodes, length):
 
 
 @torch.no_grad()
-def evaluate_long(run, dataset, length=500, dtype="auto"):
+def evaluate_long(run, dataset, length=500, dtype="auto", k=None):
     """Dreams on from one context of each reference episode, early in the first ones and
     late in the last -> every 50 frames the share of legal cells, and brightness."""
     device, reader = run.device, reader_of(dataset)
@@ -107,7 +107,7 @@ def evaluate_long(run, dataset, length=500, dtype="auto"):
     n = len(episodes)
     start = [(dataset.lengths[i] - CONTEXT) * j // n for j, i in enumerate(episodes)]
     actions = actions_that_follow(dataset, episodes, length).to(device)
-    dream = Dream(run.dynamics, torch.Generator(device).manual_seed(0))
+    dream = Dream(run.dynamics, torch.Generator(device).manual_seed(0), k=k)
     cache, rows = run.tokenizer.new_cache(), []
     with autocast(device, dtype):
         batch = encode(run, read_clips(dataset, episodes, start, CONTEXT, device))

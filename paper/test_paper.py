@@ -20,7 +20,7 @@ from envs import crafter
 from paper import all as plan
 from paper import (bench, exercises, figure3_agents, figure5_interactions, figure6_robot,
                    figure7_labels, figure8_sampling, ppo_in_dream, results, rollouts,
-                   table2_cascade)
+                   table1_world_models, table2_cascade)
 from tokenizer import Tokenizer, TokenizerConfig, Transformer
 
 CPU = torch.device("cpu")
@@ -560,6 +560,44 @@ def test_a_design_is_judged_and_trained_as_itself(tmp_path, monkeypatch):
                                    ("+ GQA", "paper: frames/s", 23.2),
                                    ("+ GQA", "paper: step, s", 0.5)):
         assert value_of(saved, "cascade", {"design": design, "measure": measure}) == value
+
+
+def test_recipes_train_for_as_long_and_are_judged_as_themselves(tmp_path, monkeypatch):
+    """Fails if train.py refuses a recipe, the two of one training are trained twice, a
+    cheaper step buys no more of them, or K is another recipe's."""
+    recipes, asked, run = table1_world_models.RECIPES, [], key_run()
+    run.meta["config"]["train"]["compile"] = False
+    (tmp_path / "dynamics.pt").touch()
+    trained, saved, long = [], [], play.Result("legal_cells", 0.5, 0.4, 0.6, 9, "share",
+                                               {"frame": 500})
+    kind = long._replace(of={"kind": "mean of all kinds"})
+    for name, stub in {
+            "load_run": lambda *_: run, "reference_of": lambda _: None,
+            "interaction_set": lambda: None, "dream_rate": lambda dream, *_: 60 / dream.k,
+            "evaluate_interactions": lambda *x: asked.append(x[3].k) or ([kind], None),
+            "evaluate_long": lambda *_, k, dtype: asked.append(k) or [long],
+            "load_checkpoint": lambda _: {"seconds": 120}}.items():
+        monkeypatch.setattr(table1_world_models, name, stub)
+    monkeypatch.setattr(results, "trained",
+                        lambda *words: trained.append(words) or tmp_path)
+    monkeypatch.setattr(results, "save", lambda name, found, seeds: saved.extend(found))
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu"])
+    table1_world_models.main()
+    monkeypatch.setattr(sys, "argv", ["x"])
+    parsed = [train.parse(["--stage", "dynamics", *words[4:]])[1] for words in trained]
+    steps = [config["train"].pop("dynamics_steps") for config in parsed]
+    assert steps == [2167, 2167, 2167, 2000] and asked == [16, 16, 4, 4, 1, 1, 4, 4]
+    assert trained[0] == trained[1] and len({words[0] for words in trained}) == 3
+    default = train.parse([])[1]
+    assert parsed[3]["dynamics"] == default["dynamics"]
+    assert [config["dynamics"]["prediction"] for config in parsed] == ["v", "v", "x", "x"]
+    found = {(row.of["recipe"], row.of["measure"]): row.value
+             for row in saved if row.name == "recipe"}
+    assert len(found) == 7 * len(recipes)
+    assert found[recipes[0].name, "frames/s"] == 3.75
+    assert found[recipes[3].name, "minutes of training"] == 2
+    ours = {"model": "Dreamer 4", "measure": "tasks of 16"}
+    assert value_of(saved, "published", ours) == 14
 
 
 def test_videos_are_of_their_k_and_each_of_its_own_seed(monkeypatch):
