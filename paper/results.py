@@ -244,6 +244,13 @@ def agents_table(agents=(), tasks=()):
     return table(["agent", "episodes", "achievements of 10", *tasks], lines)
 
 
+def returns_table(file):
+    """Agents of a world whose rewards are summed."""
+    rows = [row for row in load(file) if row.name == "return"]
+    lines = [[row.of["agent"], row.n, show(row)] for row in rows]
+    return table(["agent", "episodes", "return"], lines) if rows else missing(file)
+
+
 def departures_table(measured):
     """Where the code departs from the paper, and what that was measured to do."""
     lines = []
@@ -270,6 +277,7 @@ TABLES = {      # name between <!-- table NAME --> and <!-- end -->: what writes
     "figure8": partial(pivot, "figure8_sampling", "frechet", "video", "K"),
     "ppo": partial(pivot, "ppo_in_dream", "success", "agent", "task"),
     "ppo_time": partial(pivot, "ppo_in_dream", "time", "agent", "task"),
+    "cartpole": partial(returns_table, "cartpole"),
     "table1": partial(pivot, "table1_world_models", "recipe", "recipe", "measure"),
     "table1_paper": partial(pivot, "table1_world_models", "published", "model", "measure"),
     "table2": partial(pivot, "table2_cascade", "cascade", "design", "measure"),
