@@ -361,6 +361,8 @@ def imagination_losses(agent, h, actions, task):
         returns = lambda_returns(rewards, continues, values, cfg.gamma, LAMBDA)[:, :-1]
         advantages = returns - values[:, :-1]
         prior = agent.prior(h[:, :-1], 1)[:, :, 0]
+    # subtle: torch 2.9 would use weights again that autocast has cast without gradients
+    torch.clear_autocast_cache()
 
     logits = agent.policy(h[:, :-1], 1)[:, :, 0]
     log_prob = action_log_prob(agent.spec, logits, actions)

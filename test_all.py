@@ -2667,9 +2667,14 @@ def test_what_was_measured_of_a_replaced_stage_goes(copy, monkeypatch, capsys):
 
 def test_no_folder_for_the_compiler_is_one_line(tmp_path):
     """Fails if torch's own traceback is what one sees, late."""
-    run = subprocess.run([sys.executable, REPO / "train.py"], cwd=tmp_path, text=True,
-                         capture_output=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR":
-                                                   "/proc/nowhere"})
+    def python(*words):
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, text=True, env={
+            **os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"}, capture_output=True)
+
+    made = python("-c", "import torch; torch.optim.AdamW([torch.zeros(1)])")
+    if made.returncode == 0:
+        pytest.skip("torch 2.9 asks for it when it compiles, and then goes on without")
+    run = python(REPO / "train.py")
     assert run.returncode == 2 and not list(tmp_path.iterdir())
     assert re.fullmatch("error: Got no folder for the compiler .*\n", run.stderr)
 
