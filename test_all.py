@@ -2620,7 +2620,8 @@ def test_a_step_is_no_longer_than_the_clip(tmp_path, monkeypatch, dtype):
 
 
 def test_the_mask_that_was_drawn_hides_the_patches(tmp_path, monkeypatch):
-    """Fails if the tokenizer is trained without it, or with another."""
+    """Fails if the tokenizer is trained without it, or with another; or not without at the
+    end."""
     drawn, used = [], []
 
     def mask(*rest, real=train.mae_mask):
@@ -2633,8 +2634,9 @@ def test_the_mask_that_was_drawn_hides_the_patches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "mae_mask", mask)
     monkeypatch.setattr(Tokenizer, "forward", forward)
-    train_here(tmp_path, *NEW, "--train.tokenizer_steps", 1)
-    assert torch.equal(drawn[0], used[0]) and drawn[0].any()
+    train_here(tmp_path, *NEW, "--train.tokenizer_steps", 8)
+    assert torch.equal(drawn[0], used[0])
+    assert [bool(hidden.any()) for hidden in used[:8]] == [True] * 6 + [False] * 2
 
 
 def test_the_value_learns_three_times_as_fast(copy):

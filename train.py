@@ -123,6 +123,7 @@ class TrainConfig:
             raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
+WHOLE = 0.25                # share of the tokenizer's steps, the last, without masks
 PURE_NOISE = 0.25           # of the frames of clean-past clips
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
 CLIP = 1.0                  # norm to which a larger gradient is cut
@@ -922,7 +923,9 @@ def imitation_check(job, recordings, dynamics, agent, n=32, length=16):
 # -------------------------------------------------------------------------------- stages
 
 def train_tokenizer(job):
-    """Section 3.1: masked autoencoding of frames."""
+    """Section 3.1: masked autoencoding of frames. Not in the paper: none is masked in the
+    last WHOLE of the steps. What can't be known of hidden patches is nearly all of the
+    error, and beside it no small thing counts."""
     cfg, data = job.train, job.dataset
     job.configs["tokenizer"] |= {"height": data.spec.height, "width": data.spec.width}
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
@@ -944,8 +947,9 @@ def train_tokenizer(job):
 
     def loss_fn(draws):
         x = scale_pixels(frames(draws.rng, len(data.events) > 0))
-        hidden = mae_mask(B, T, tokenizer.patches, tokenizer.cfg.mae_max, draws.noise,
-                          job.device)[OWN_ROWS]
+        masked = draws.step < (1 - WHOLE) * job.steps
+        hidden = mae_mask(B, T, tokenizer.patches, masked * tokenizer.cfg.mae_max,
+                          draws.noise, job.device)[OWN_ROWS]
         losses, metrics = reconstruction_loss(tokenizer(x, hidden), x, perceptual), {}
         if (draws.step + 1) % cfg.log_every == 0:
             with torch.no_grad():
