@@ -199,7 +199,7 @@ class Gym:
             if self.ours:
                 total += self.events(info)
             else:
-                total += [float(reward), *(bool(info[key]) for key in self.success)]
+                total += [float(reward), *(bool(info.get(key)) for key in self.success)]
             self.cut = truncated and not terminated
             if terminal:
                 break
