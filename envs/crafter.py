@@ -44,7 +44,6 @@ SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.5),
           "average": Skill(0.08, 0.010, 0.006, 0.25),
           "novice": Skill(0.25, 0.020, 0.015, 0.15),
           "clumsy": Skill(0.55, 0.030, 0.030, 0.1)}
-IN_VAIN = 0.25          # chance in a step, where rock is in view that no tool of it can dig
 
 
 def make(argument):
@@ -429,13 +428,11 @@ class CrafterPlayer:
         tired = have["energy"] <= (7 if evening else self.sleepy)
         # what is at hand is taken, what must be looked for can wait
         water, cow = self.cells("water") & self.view, self.creatures("Cow")
-        rock = self.too_hard().any()
         needs = {self.drink: have["drink"] <= (6 if water.any() else 1 if self.dark else 4),
                  self.eat: have["food"] <= (6 if cow.any() else 0 if self.dark else 3),
                  self.sleep: tired or have["health"] <= 3,
                  self.wander: self.rng.random() < self.skill.detour,
-                 self.plant: self.rng.random() < self.skill.detour,
-                 self.hit_in_vain: rock and self.rng.random() < IN_VAIN}
+                 self.plant: self.rng.random() < self.skill.detour}
         for plan, needed in needs.items():
             if needed and self.clock >= self.retry.get(plan, 0) and len(self.stack) == 1:
                 self.stack.append(plan())
@@ -481,11 +478,6 @@ class CrafterPlayer:
     def can_dig(self, material):
         rule = self.rules.collect.get(material, {"require": {"no such tool": 1}})
         return material != "water" and all(self.have.get(tool) for tool in rule["require"])
-
-    def too_hard(self):
-        """Rock and ore in view (64, 64) that none of its tools can dig."""
-        rock = ("stone", "coal", "iron", "diamond")
-        return self.view & self.cells(*(x for x in rock if not self.can_dig(x)))
 
     def route(self, targets, touch):
         """The way to the nearest target of a mask (64, 64) -> (cost in steps, cells). Where
@@ -602,13 +594,6 @@ class CrafterPlayer:
         if (yield from self.go(lambda: self.cells("grass"), patience=15)):
             for _ in range(12):
                 yield "place_plant" if self.have["sapling"] else "do"
-
-    def hit_in_vain(self):
-        """As children do. Else no recording would show that rock stays where the tool is
-        missing, and agents would learn in dreams to dig without."""
-        if (yield from self.go(self.too_hard(), patience=12)):
-            for _ in range(self.rng.integers(2, 6)):
-                yield "do"
 
     def wander(self):
         """Walk towards a random cell some way off."""

@@ -206,24 +206,6 @@ def test_reader_reads_real_frames(film, reader):
     assert (reader.read(noise)[2] > reader.LEGAL).all()
 
 
-def test_players_hit_in_vain_what_their_tools_cannot_dig(env):
-    """Fails if no recording shows that rock stays, or it can be dug all the same."""
-    hits, do = 0, env.spec.action_names.index("do")
-    for world in range(70_000, 70_004):
-        env.reset(world)
-        player = env.player(np.random.default_rng(world), "average")
-        for _ in range(120):
-            row = player.act()
-            place = tuple(player.me.pos + player.me.facing)
-            material, creature = player.world[place]
-            rock = material in ("stone", "coal", "iron", "diamond") and not creature
-            env.step(row)
-            if rock and not player.can_dig(material) and row[0] == do:
-                hits += 1
-                assert player.world[place][0] == material
-    assert hits > 3
-
-
 def test_the_player_knows_what_it_has_seen_alone():
     """Fails if what no frame has shown moves it."""
     def acts(seed, elsewhere, knows_all=False):
