@@ -2636,7 +2636,7 @@ def test_the_mask_that_was_drawn_hides_the_patches(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "forward", forward)
     train_here(tmp_path, *NEW, "--train.tokenizer_steps", 8)
     assert torch.equal(drawn[0], used[0])
-    assert [bool(hidden.any()) for hidden in used[:8]] == [True] * 6 + [False] * 2
+    assert [bool(hidden.any()) for hidden in used[:8]] == [True] * 5 + [False] * 3
 
 
 def test_the_value_learns_three_times_as_fast(copy):

@@ -123,7 +123,7 @@ class TrainConfig:
             raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
-WHOLE = 0.25                # share of the tokenizer's steps, the last, without masks
+WHOLE = 0.4                 # share of the tokenizer's steps, the last, without masks
 PURE_NOISE = 0.25           # of the frames of clean-past clips
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
 CLIP = 1.0                  # norm to which a larger gradient is cut
