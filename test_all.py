@@ -3445,9 +3445,9 @@ def test_prompts_advance_by_real_events(dataset):
     (0.9, [[0, -1, -2, -1], [0, -1, -1, -1]], [4, 5], 1)])      # cut off, not ended
 def test_the_best_returns_are_imitated(monkeypatch, gamma, rewards, best, goes_on):
     """Fails if other frames than the quarter with the most discounted reward ahead count,
-    or a frame's own reward does, or that of the next episode."""
+    or a frame's own reward does, that of the next episode, or success."""
     monkeypatch.setattr(play, "GAMMA", gamma)
-    rewards = [np.array(x, float)[:, None] for x in rewards]
+    rewards = [np.array([x, 50.0 * np.arange(len(x))]).T for x in rewards]
     n, first = sum(map(len, rewards)), len(rewards[0])
     recorded = SimpleNamespace(
         spec=replace(KeyEnv.spec, returns=True), frames_total=n, offsets=[0, first, n],

@@ -138,7 +138,8 @@ def chart(rows, x, series, ylabel, path):
 
 
 def missing(name):
-    scripts = {"agents": "figure3_agents", "sizes": "bench --sizes paper"}
+    scripts = {"agents": "figure3_agents", "sizes": "bench --sizes paper",
+               "cartpole": "results --take runs/CartPole-v1 cartpole"}
     return f"not yet measured by this code: `python -m paper.{scripts.get(name, name)}`"
 
 
