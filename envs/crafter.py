@@ -40,10 +40,11 @@ PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect
 NEEDS = (("wake_up", 1, 140, 240), ("collect_drink", 3, 100, 100), ("eat_cow", 1, 200, 150))
 # chances in a step of a random action, of dithering, of a detour; share of the episodes
 Skill = collections.namedtuple("Skill", "noise dither detour share")
-SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.5),
+SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.45),
           "average": Skill(0.08, 0.010, 0.006, 0.25),
           "novice": Skill(0.25, 0.020, 0.015, 0.15),
-          "clumsy": Skill(0.55, 0.030, 0.030, 0.1)}
+          "clumsy": Skill(0.55, 0.030, 0.030, 0.05),
+          "curious": Skill(0.08, 0.010, 0.006, 0.1)}
 
 
 def make(argument):
@@ -391,7 +392,8 @@ class CrafterPlayer:
         self.have, self.done = self.me.inventory, self.me.achievements
         self.map = np.zeros(self.world.area, int)    # material ids; 0: not seen yet
         self.rng, self.skill = rng, SKILLS[skill]
-        self.stack, self.clock = [self.career()], 0
+        career = self.in_vain() if skill == "curious" else self.career()
+        self.stack, self.clock = [career], 0
         self.queue = []                              # actions of dithering
         self.retry = {}                              # plan: not again before this step
         self.sleepy = rng.choice([1, 2, 3])    # energy at which to go to sleep
@@ -623,6 +625,19 @@ class CrafterPlayer:
             hurt = self.have["health"] < 5 or self.world.daylight < 0.35
             if safe and hurt and min(self.have["food"], self.have["drink"]) > 0:
                 yield "noop"
+
+    def in_vain(self):
+        """Never makes a tool, and hits what it takes one to dig. Else no recording would
+        show that this stays, and agents would learn in dreams to dig without."""
+        rock = ("stone", "coal", "iron", "diamond")
+        while True:
+            kind = rock[self.rng.integers(4)] if self.rng.random() < 0.5 else "stone"
+            if (yield from self.go(lambda kind=kind: self.cells(kind), patience=40)):
+                for _ in range(self.rng.integers(2, 9)):
+                    yield "do"
+            if self.rng.random() < 0.5:
+                yield from self.wander()
+            yield list(MOVES.values())[self.rng.integers(4)]
 
     def career(self):
         """Wood, table, pickaxes, furnace, iron, diamond; then whatever is left."""

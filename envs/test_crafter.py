@@ -178,6 +178,19 @@ def test_skilled_player_places_a_table(env):
         assert done[env.spec.tasks.index("collect_wood")] or not skilled
 
 
+def test_curious_players_hit_rock_that_they_cannot_dig(env):
+    """Fails if no recording shows that rock stays where the tool is missing."""
+    env.reset(3)
+    player, in_vain = env.player(np.random.default_rng(0), "curious"), 0
+    for _ in range(150):
+        act, (material, creature) = player.act(), player.ahead()
+        wall = material in ("stone", "coal", "iron", "diamond") and not creature
+        in_vain += wall and env.spec.action_names[int(act[0])] == "do"
+        events = env.step(act)[1]
+        assert not events[env.spec.tasks.index("collect_stone")]
+    assert in_vain > 5
+
+
 def test_shortest_path_goes_around_what_costs_more():
     """Fails if neighbours, costs or the border are mixed up."""
     cost, goal = np.ones((64, 64)), np.zeros((64, 64), bool)
