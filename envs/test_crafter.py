@@ -180,7 +180,7 @@ def test_skilled_player_places_a_table(env):
 
 def test_curious_players_hit_rock_that_they_cannot_dig(env):
     """Fails if no recording shows that rock stays where the tool is missing."""
-    env.reset(3)
+    env.reset(2)
     player, in_vain = env.player(np.random.default_rng(0), "curious"), 0
     for _ in range(150):
         act, (material, creature) = player.act(), player.ahead()
