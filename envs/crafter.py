@@ -36,8 +36,9 @@ CAVE = np.isin(np.arange(256), (3, 4, 7, 8, 9, 10))  # of probe_semantic: stone,
 PROMPTS = {"collect_wood": 5, "place_table": 1, "make_wood_pickaxe": 1, "collect_stone": 5,
            "make_stone_pickaxe": 1, "place_furnace": 1, "collect_coal": 1,
            "collect_iron": 1, "make_iron_pickaxe": 1, "collect_diamond": 0}
-# prompts between: dusk comes at step 140, and in 100 steps 5 of 9 drinks are gone
-NEEDS = (("wake_up", 1, 140, 240), ("collect_drink", 3, 100, 100), ("eat_cow", 1, 200, 150))
+# prompts between: a shelter takes 20 steps, dusk comes at 140; in 100 steps 5 of 9 drinks
+# are gone
+NEEDS = (("wake_up", 1, 120, 240), ("collect_drink", 3, 100, 100), ("eat_cow", 1, 200, 150))
 # chances in a step of a random action, of dithering, of a detour; share of the episodes
 Skill = collections.namedtuple("Skill", "noise dither detour share")
 SKILLS = {"skilled": Skill(0.01, 0.002, 0.001, 0.45),
@@ -412,9 +413,8 @@ class CrafterPlayer:
         if self.rng.random() < self.skill.dither:
             pairs = ["noop"] * 2, ["move_left", "move_right"], ["move_up", "move_down"]
             self.queue += pairs[self.rng.integers(3)] * int(self.rng.integers(1, 4))
-        # no slip sends to sleep, and nothing into lava
-        into_lava = any(MOVES[m] == name and self.ahead(m)[0] == "lava" for m in MOVES)
-        if into_lava or (name == "sleep" and planned != "sleep"):
+        # no slip sends to sleep; one into lava shows what that does
+        if name == "sleep" and planned != "sleep":
             name = "noop"
         index = self.rules.actions.index("sleep" if self.me.sleeping else name)
         return np.array([index], np.float32)
@@ -627,14 +627,18 @@ class CrafterPlayer:
                 yield "noop"
 
     def in_vain(self):
-        """Never makes a tool, and hits what it takes one to dig. Else no recording would
-        show that this stays, and agents would learn in dreams to dig without."""
-        rock = ("stone", "coal", "iron", "diamond")
+        """Never makes a tool, hits what it takes one to dig, and walks into lava. Else no
+        recording would show what comes of that, and agents would learn in dreams to dig
+        without a tool."""
+        kinds = ("stone", "coal", "iron", "diamond", "lava")
         while True:
-            kind = rock[self.rng.integers(4)] if self.rng.random() < 0.5 else "stone"
+            known = [kind for kind in kinds if self.cells(kind).any()] or ["stone"]
+            kind = known[self.rng.integers(len(known))]
             if (yield from self.go(lambda kind=kind: self.cells(kind), patience=40)):
                 for _ in range(self.rng.integers(2, 9)):
                     yield "do"
+                if kind == "lava":
+                    yield MOVES[tuple(self.me.facing)]
             if self.rng.random() < 0.5:
                 yield from self.wander()
             yield list(MOVES.values())[self.rng.integers(4)]
