@@ -1732,9 +1732,9 @@ def test_windows_alternate_between_short_and_long(monkeypatch):
 
 
 def test_rates_rise_stay_and_fall():
-    """Fails if the warmup is longer than a tenth, the peak is another or forgotten, or the
-    end isn't reached."""
-    cfg = train.TrainConfig(warmup=50, cooldown=0.5)
+    """Fails if the warmup is longer than a tenth or shorter than a hundredth, the peak is
+    another or forgotten, or the end isn't reached."""
+    cfg = train.TrainConfig(cooldown=0.5)
     job = train.Job(None, None, None, None, cfg, None, None, "tokenizer", 100)
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     rates = []
@@ -1743,6 +1743,9 @@ def test_rates_rise_stay_and_fall():
         rates.append(sgd.param_groups[0]["lr"])
     assert np.allclose(rates[:10], np.arange(1, 11) / 5) and set(rates[9:51]) == {2.0}
     assert np.allclose(rates[50:], 2 * np.arange(50, 0, -1) / 50)
+    job.steps = 20_000
+    train.set_rates(job, [sgd], 99)
+    assert np.isclose(sgd.param_groups[0]["lr"], 1.0)
 
 
 def test_a_batch_holds_the_rows_of_its_windows(keys):

@@ -95,6 +95,7 @@ class TrainConfig:
     tokenizer_steps: int = 500
     tokenizer_batch: int = 16
     tokenizer_length: int = 8   # frames
+    tokenizer_whole: float = 0.4        # share of these steps, the last, without masks (0)
     dynamics_steps: int = 2000
     agent_steps: int = 1800
     imagine_steps: int = 540
@@ -110,20 +111,19 @@ class TrainConfig:
     lr_matrix: float = 6e-3     # Muon: 2-D matrices of the transformers
     lr: float = 3e-3            # AdamW: everything else
     lr_policy: float = 1e-3     # AdamW in imagination
-    warmup: int = 50            # steps, at most a tenth of the stage
     cooldown: float = 0.3       # share of a stage in which the rate falls to 0
     compile: bool = True        # torch.compile of the transformers' blocks
     shard: bool = False         # for what is too large for one GPU: see shard()
     log_every: int = 25
 
     def __post_init__(self):
-        shares = ("long_share", "event_rows", "boot_after", "cooldown")
-        check_config("train", self, zero=("warmup",), shares=shares)
+        shares = ("tokenizer_whole", "long_share", "event_rows", "boot_after", "cooldown")
+        check_config("train", self, shares=shares)
         if self.shard and self.compile:
             raise UserError("Got train.shard true, need --train.compile false beside it.")
 
 
-WHOLE = 0.4                 # share of the tokenizer's steps, the last, without masks
+WARMUP = 50                 # steps, at most a tenth of the stage, at least a hundredth
 PURE_NOISE = 0.25           # of the frames of clean-past clips
 SAVE_EVERY = 250            # steps between checkpoints, and looks at dreams or imitation
 CLIP = 1.0                  # norm to which a larger gradient is cut
@@ -158,7 +158,8 @@ PRESETS = {     # each starts from the defaults, which are the cpu preset; more 
     # the choices that the paper states, as far as they are flags, at the default's sizes
     "letter": {"tokenizer.mae_max": 0.9, "tokenizer.local": False, "dynamics.p_boot": 1.0,
                "dynamics.single_images": 0.3, "dynamics.time_every": 4,
-               "train.boot_after": 0.0, "agent.bc_level": "uniform", "agent.bc_weight": 1.0,
+               "train.tokenizer_whole": 0.0, "train.boot_after": 0.0,
+               "agent.bc_level": "uniform", "agent.bc_weight": 1.0,
                "agent.prompt_order": 0.0, "agent.temperature": 1.0, "agent.k": 0,
                "agent.imagined_tasks": "all", "agent.end_on_event": False,
                "agent.gamma": 0.997},
@@ -402,7 +403,7 @@ def make_optimizers(modules, lr_matrix, lr):
 
 def set_rates(job, optimizers, step):
     """Linear up to the peak rate, flat, linear down to 0."""
-    warmup = max(min(job.train.warmup, job.steps // 10), 1)
+    warmup = max(min(WARMUP, job.steps // 10), job.steps // 100, 1)
     cooldown = max(job.train.cooldown * job.steps, 1)
     share = min(1.0, (step + 1) / warmup, (job.steps - step) / cooldown)
     for optimizer in optimizers:
@@ -923,9 +924,9 @@ def imitation_check(job, recordings, dynamics, agent, n=32, length=16):
 # -------------------------------------------------------------------------------- stages
 
 def train_tokenizer(job):
-    """Section 3.1: masked autoencoding of frames. Not in the paper: none is masked in the
-    last WHOLE of the steps. What can't be known of hidden patches is nearly all of the
-    error, and beside it no small thing counts."""
+    """Section 3.1: masked autoencoding of frames. Not in the paper: the last
+    tokenizer_whole of the steps mask none. What can't be known of hidden patches is nearly
+    all of the error, and beside it no small thing counts."""
     cfg, data = job.train, job.dataset
     job.configs["tokenizer"] |= {"height": data.spec.height, "width": data.spec.width}
     tokenizer = Tokenizer(TokenizerConfig(**job.configs["tokenizer"])).to(job.device)
@@ -947,7 +948,7 @@ def train_tokenizer(job):
 
     def loss_fn(draws):
         x = scale_pixels(frames(draws.rng, len(data.events) > 0))
-        masked = draws.step < (1 - WHOLE) * job.steps
+        masked = draws.step < (1 - cfg.tokenizer_whole) * job.steps
         hidden = mae_mask(B, T, tokenizer.patches, masked * tokenizer.cfg.mae_max,
                           draws.noise, job.device)[OWN_ROWS]
         losses, metrics = reconstruction_loss(tokenizer(x, hidden), x, perceptual), {}

@@ -84,7 +84,7 @@ COMMON = {
     "data.eval_length": 72_000, "tokenizer.channels": 16, "tokenizer.pack": 2,
     "tokenizer.mae_max": 0.9, "dynamics.time_every": 4, "dynamics.k_max": 64,
     "agent.horizon": 15, "agent.gamma": 0.997, "agent.k": 0,
-    "train.boot_after": 0.0, "train.lr_policy": 5e-4, "train.warmup": 1000}
+    "train.boot_after": 0.0, "train.lr_policy": 5e-4}
 PRESETS = {
     "minecraft": {
         **COMMON, "data.env": "minecraft", "data.path": "datasets/minecraft",
