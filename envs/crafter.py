@@ -393,7 +393,7 @@ class CrafterPlayer:
         self.rules, self.world, self.me = crafter.constants, env._world, env._player
         self.have, self.done = self.me.inventory, self.me.achievements
         self.map = np.zeros(self.world.area, int)    # material ids; 0: not seen yet
-        self.rng, self.skill = rng, SKILLS[skill]
+        self.rng, self.skill, self.digs = rng, SKILLS[skill], skill != "curious"
         career = self.in_vain() if skill == "curious" else self.career()
         self.stack, self.clock = [career], 0
         self.queue = []                              # actions of dithering
@@ -482,7 +482,8 @@ class CrafterPlayer:
 
     def can_dig(self, material):
         rule = self.rules.collect.get(material, {"require": {"no such tool": 1}})
-        return material != "water" and all(self.have.get(tool) for tool in rule["require"])
+        tools = all(self.have.get(tool) for tool in rule["require"])
+        return self.digs and tools and material != "water"
 
     def route(self, targets, touch):
         """The way to the nearest target of a mask (64, 64) -> (cost in steps, cells). Where
@@ -635,8 +636,9 @@ class CrafterPlayer:
                 yield "noop"
 
     def in_vain(self):
-        """Never makes a tool, and hits what it takes one to dig. Else no recording would
-        show that this stays, and agents would learn in dreams to dig without."""
+        """Hits what it takes a tool to dig, and never has one. Else no recording would show
+        that this stays, and agents would learn in dreams to dig without. It takes no wood
+        on its way, so that no hit is imitated as the way to wood."""
         kinds = ("stone", "coal", "iron", "diamond")
         while True:
             known = [kind for kind in kinds if self.cells(kind).any()] or ["stone"]
