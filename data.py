@@ -666,6 +666,7 @@ class Windows(NamedTuple):
     tasks: tuple[int, ...] = ()                     # indices of tasks to draw; (): of all
     prompted: bool = False                          # train.Recordings draws these
     first: int | None = None                        # of the first episodes; None: of all
+    edges: bool = False         # an episode's first and last frame as often as the others
 
 
 class Dataset:
@@ -735,9 +736,12 @@ class Dataset:
     def sample(self, rng, n, windows):
         """Draw n windows inside episodes -> episode, start, task: int64 (n,).
 
-        Uniform: over all windows, with a random task. Relevant: a task uniformly among
-        those that happen, one of its events, a window with that event in one of its rows
-        `ahead` (first, last); the last may lie behind the window's end.
+        Uniform: over all windows, with a random task; edges: also over those that reach
+        beyond an end of their episode, which are moved inside. Else its last frame, which
+        shows how one dies, is in one window of all, others are in `length` of them.
+        Relevant: a task uniformly among those that happen, one of its events, a window
+        with that event in one of its rows `ahead` (first, last); the last may lie behind
+        the window's end.
         """
         windows = windows._replace(tasks=tuple(windows.tasks))
         episodes = self.long_enough(windows)
@@ -747,10 +751,12 @@ class Dataset:
                             "shorten the windows")
         if windows.relevant:
             return self.sample_relevant(rng, n, windows)
-        ends = np.cumsum(self.lengths[episodes] - windows.length + 1)
+        beyond = (windows.length - 1) * windows.edges
+        ends = np.cumsum(self.lengths[episodes] - windows.length + 1 + 2 * beyond)
         number = rng.integers(0, ends[-1], n)       # of a window, in their concatenation
         which = np.searchsorted(ends, number, side="right")
-        start = ends[which] - 1 - number            # counts down from the last window
+        start = ends[which] - 1 - number - beyond   # counts down from the last window
+        start = start.clip(0, self.lengths[episodes[which]] - windows.length)
         tasks = np.array(windows.tasks or range(max(1, len(self.spec.tasks))))
         return episodes[which], start, rng.choice(tasks, n)
 

@@ -236,6 +236,21 @@ def test_uniform_windows_are_uniform(paint):
     assert abs(task.mean() - 0.5) < 0.02
 
 
+def test_windows_with_edges_show_first_and_last_frames_as_often_as_others(paint):
+    """Fails if they don't, or episodes aren't drawn by how many windows they have then."""
+    windows = Windows(13, edges=True)
+    episode, start, _ = paint.sample(np.random.default_rng(1), 20000, windows)
+    counts = np.bincount(start[paint.lengths[episode] == 30], minlength=18)
+    at_edges = counts[[0, -1]] / counts[1:-1].mean()
+    assert len(counts) == 18 and abs(at_edges / 13 - 1).max() < 0.1
+    shown = np.convolve(counts, np.ones(13))
+    assert shown[[0, -1]].min() > 0.9 * shown[13:17].mean()
+    trained = np.isin(np.arange(25), paint.episodes("train"))
+    expected = 20000 * (paint.lengths + 12) * trained / (paint.lengths + 12)[trained].sum()
+    count = np.bincount(episode, minlength=25)
+    assert (np.abs(count - expected) <= 5 * np.sqrt(expected)).all()
+
+
 def test_relevant_windows_hold_their_event(paint):
     """Fails if the event can lie in row 0, whose action is not of the window."""
     rng = np.random.default_rng(2)

@@ -799,13 +799,13 @@ class Recordings:
                 return True
         return False
 
-    def anywhere(self, n, length):
+    def anywhere(self, n, length, edges=True):
         """(rows, Windows) each. Where a part of the training episodes is labelled, half of
         the windows are from there, or actions would be seldom seen."""
-        labelled = Windows(length, first=self.labelled_episodes)
+        labelled = Windows(length, first=self.labelled_episodes, edges=edges)
         partly = self.labelled_episodes < len(self.data.lengths)
         some = n // 2 if partly and len(self.data.long_enough(labelled)) else 0
-        return [(n - some, Windows(length)), (some, labelled)]
+        return [(n - some, Windows(length, edges=edges)), (some, labelled)]
 
     def cloned(self, n, length, prompt_order):
         """(rows, Windows) each, of episodes with known actions alone: windows that show
@@ -940,7 +940,7 @@ def train_tokenizer(job):
 
     def frames(rng, relevant):
         """(B, T, H, W, 3); windows with an event show the rare things more often."""
-        parts = [data.sample(rng, B - B // 2, Windows(T)),
+        parts = [data.sample(rng, B - B // 2, Windows(T, edges=True)),
                  data.sample(rng, B // 2, Windows(T, relevant))]
         episode, start, _ = (np.concatenate(x) for x in zip(*parts, strict=True))
         x = data.read(episode[OWN_ROWS], start[OWN_ROWS], T, ["frames"])["frames"]
@@ -1117,7 +1117,7 @@ def train_imagine(job):
 
     def loss_fn(draws):
         # n contexts have their event in the frames to be imagined
-        kinds = recordings.anywhere(train.imagine_batch - n, cfg.context)
+        kinds = recordings.anywhere(train.imagine_batch - n, cfg.context, edges=False)
         kinds += recordings.before_event(n, cfg.context, cfg.horizon, not ordered)
         batch = recordings.read(draws.rng, kinds).to(job.device)
         prompted = batch._replace(task=agent.prompt(batch.task))
