@@ -879,8 +879,12 @@ def begin_recording(spec, out, settings):
     for name, value in settings.items():
         begun = old["settings"].get(name)
         if value != begun:
+            if isinstance(value, list) and begun:       # the first episode with another one
+                pairs = enumerate(zip(value, begun, strict=False))
+                name, value, begun = next((f"{name}[{i}]", a, b) for i, (a, b) in pairs
+                                          if a != b)
             raise UserError(f"{name} = {value} for {out}, begun with {begun}", "the same",
-                            "use another --out, or delete it")
+                            "use another --out (--data.path), or delete it")
     todo = []
     for index in range(settings["episodes"]):
         try:

@@ -740,7 +740,8 @@ def evaluate_agents(folder, device, dtype, episodes, length, agents=tuple(AGENTS
 
 def data_config(folder):
     """The data settings of a run, from its config.json."""
-    path, need = Path(folder) / "config.json", {"env", "reference_episodes", "length"}
+    path, need = Path(folder) / "config.json", {"env", "reference_episodes", "length",
+                                                   "eval_episodes", "eval_length"}
     if not path.exists():
         raise UserError(f"No config.json in {folder}: name the folder of a run, or make "
                         "one with 'python train.py'.")
@@ -1524,8 +1525,8 @@ def make_parser():
     add("--compile", action="store_true", help="serve: compile first, then faster frames")
     add("--actions", help="dream: words like 'right right do', from one start")
     add("--agents", default=",".join(AGENTS), help="eval: which agents")
-    add("--episodes", type=positive, default=200, help="eval: episodes of each agent")
-    add("--length", type=positive, default=500, help="eval: steps of an episode")
+    add("--episodes", type=positive, help="eval: of each agent, default the run's")
+    add("--length", type=positive, help="eval: steps of an episode, default the run's")
     add("--world-only", action="store_true", help="eval: skip the agents")
     add("--out", help="dream: .gif or .mp4, default RUN/dream.gif; pack: a .pt file")
     add("--k", type=positive, help="eval, dream: sampling steps, default the run's")
@@ -1561,8 +1562,9 @@ def main():
         if args.stage or args.world_only:
             judge_world(args.run, args.stage, device, args.dtype, sampler)
         else:
-            evaluate(args.run, device, args.dtype, args.episodes, args.length,
-                     args.agents.split(","), sampler)
+            data = data_config(args.run)
+            evaluate(args.run, device, args.dtype, args.episodes or data["eval_episodes"],
+                     args.length or data["eval_length"], args.agents.split(","), sampler)
         print(headlines(args.run))
     else:
         path = Path(args.out or Path(args.run) / "dream.gif")

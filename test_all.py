@@ -3669,7 +3669,8 @@ def test_a_run_is_judged_in_any_world(env, monkeypatch, tmp_path):
     twice."""
     monkeypatch.chdir(tmp_path)
     name, run = f"{__name__}:{env.__name__}", key_run(env)
-    config = {"data": {"env": name, "reference_episodes": 3, "length": 26}}
+    config = {"data": {"env": name, "reference_episodes": 3, "length": 26,
+                       "eval_episodes": 3, "eval_length": 26}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "agent.pt").touch()
     monkeypatch.setattr(play, "load_run", lambda *_: run)
@@ -3860,7 +3861,8 @@ def test_the_game_needs_neither_tasks_nor_keys(env, stage, refused, tmp_path, mo
 def test_a_dream_is_played_without_its_world(name, reason, tmp_path, monkeypatch, capsys):
     """Fails if the dream of a world that isn't installed can't be played and filmed from
     nothing, if one line doesn't say why, or another start is offered or taken."""
-    config = {"data": {"env": name, "reference_episodes": 3, "length": 26}}
+    config = {"data": {"env": name, "reference_episodes": 3, "length": 26,
+                       "eval_episodes": 3, "eval_length": 26}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "lacking.py").write_text("import missing_package")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,5 @@
 """Tests of paper/: CPU, offline, seeded, on a toy environment."""
+import inspect
 import re
 import sys
 from contextlib import nullcontext
@@ -685,6 +686,41 @@ def test_exercises_pass_with_the_right_answers_alone(tmp_path, monkeypatch):
         path.write_text(text.replace(f"{line}, device=device)", f"{line}) {change}"))
         with pytest.raises(exercises.NotYet, match=why) if why else nullcontext():
             exercises.noise_schedule()
+    right = text.replace(f"{line}, device=device)", f"{line}) ** 0.4")
+    for part, other, why in (("halvings[n_boot:]", "halvings[:0]", "n_boot"),
+                             (", generator=generator)", ")", "second time"),
+                             ("return (u / d).floor() * d, d", "return d", "tau, d"),
+                             ("def sample_tau_d", "def other", "has no sample_tau_d")):
+        assert part in right
+        path.write_text(right.replace(part, other))
+        with pytest.raises(exercises.NotYet, match=why):
+            exercises.noise_schedule()
+    path = tmp_path / "equation7.py"
+    source = inspect.getsource(exercises.dynamics.shortcut_target)
+    for part, other, why in (("with torch.no_grad():", "if True:", "carries gradients"),
+                             ("torch.where(coarse, d / 2, d)", "d / 2", "below d_min")):
+        path.write_text("import torch\n" + source.replace(part, other))
+        with pytest.raises(exercises.NotYet, match=why):
+            exercises.bootstrap_target()
+
+
+def test_runs_of_an_exercise_are_compared_fairly(tmp_path, monkeypatch):
+    """Fails if another setting than the exercise's may differ, or runs of other stages."""
+    monkeypatch.chdir(tmp_path)
+    configs = {name: {"a": 1, "b": 2} for name in
+               ("data", "tokenizer", "dynamics", "agent", "train")}
+    for run, beta in (("crafter", 1), ("exploit", 0)):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        configs["agent"]["a"] = beta
+        data.write_json(Path("runs", run, "config.json"), configs)
+        Path("runs", run, "agent.pt").write_text("same")
+    exercises.alike("exploit", "agent", "a")
+    assert exercises.same_file("agent", "crafter", "exploit")
+    for prefix, name in (("agent", "b"), ("train", "a")):
+        with pytest.raises(exercises.NotYet, match="agent.a 0, runs/crafter 1"):
+            exercises.alike("exploit", prefix, name)
+    Path("runs/exploit/agent.pt").write_text("other")
+    assert not exercises.same_file("agent", "crafter", "exploit")
 
 
 def test_memory_of_one_gpu_among_eight():
