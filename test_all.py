@@ -1766,6 +1766,7 @@ def test_rates_rise_stay_and_fall():
 def test_a_batch_holds_the_rows_of_its_windows(keys):
     """Fails if a frame gets another one's latents, action, event or end."""
     recordings = recordings_of(keys)
+    assert all(windows.edges for _, windows in recordings.anywhere(30, 5))
     kinds = recordings.anywhere(30, 5) + recordings.cloned(30, 5, 0.5)
     batch = recordings.read(np.random.default_rng(0), kinds)
     columns = {name: np.concatenate([keys.episode(i)[name] for i in range(6)])
@@ -2652,9 +2653,14 @@ def test_the_mask_that_was_drawn_hides_the_patches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "mae_mask", mask)
     monkeypatch.setattr(Tokenizer, "forward", forward)
-    train_here(tmp_path, *NEW, "--train.tokenizer_steps", 8)
-    assert torch.equal(drawn[0], used[0])
-    assert [bool(hidden.any()) for hidden in used[:8]] == [True] * 5 + [False] * 3
+    for whole, masked in (("0.4", 5), ("0", 8)):
+        used.clear()
+        drawn.clear()
+        train_here(tmp_path, *NEW, "--train.tokenizer_steps", 8, "--resume", "no",
+                   "--train.tokenizer_whole", whole)
+        assert torch.equal(drawn[0], used[0])
+        seen = [bool(hidden.any()) for hidden in used[:8]]
+        assert seen == [True] * masked + [False] * (8 - masked)
 
 
 def test_the_value_learns_three_times_as_fast(copy):

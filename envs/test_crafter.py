@@ -191,6 +191,20 @@ def test_curious_players_hit_rock_that_they_cannot_dig(env):
     assert in_vain > 5
 
 
+def test_players_walk_into_lava_in_view_by_their_skill(env):
+    """Fails if no recording shows what lava does, or skilled players seek it."""
+    for skill, dies in (("novice", True), ("skilled", False)):
+        env.reset(3)
+        world, (x, y) = env.game._world, env.game._player.pos
+        for i in range(x - 4, x + 5):
+            for j in range(y - 3, y + 4):
+                world[i, j] = "grass"
+        world[x + 3, y] = "lava"
+        player = env.player(np.random.default_rng(0), skill)
+        player.skill = player.skill._replace(noise=0.0, dither=0.0)
+        assert any(env.step(player.act())[2] for _ in range(40)) == dies, skill
+
+
 def test_shortest_path_goes_around_what_costs_more():
     """Fails if neighbours, costs or the border are mixed up."""
     cost, goal = np.ones((64, 64)), np.zeros((64, 64), bool)
