@@ -740,8 +740,8 @@ def evaluate_agents(folder, device, dtype, episodes, length, agents=tuple(AGENTS
 
 def data_config(folder):
     """The data settings of a run, from its config.json."""
-    path, need = Path(folder) / "config.json", {"env", "reference_episodes", "length",
-                                                   "eval_episodes", "eval_length"}
+    path = Path(folder) / "config.json"
+    need = {"env", "reference_episodes", "length", "eval_episodes", "eval_length"}
     if not path.exists():
         raise UserError(f"No config.json in {folder}: name the folder of a run, or make "
                         "one with 'python train.py'.")

@@ -328,6 +328,11 @@ def test_recording_is_the_same_with_any_number_of_workers(tmp_path):
                           if row.startswith(f"| {name} |")) for name in ("task", "four"))
     found = dict(zip(names, shares, strict=True))
     assert (found["1"], found["4"]) == ("0 %", "100 %")
+    about = data.read_about(tmp_path / "5 1")       # as if players had come to be others
+    about["settings"]["skills"][3] = "9"
+    data.write_json(tmp_path / "5 1" / "dataset.json", about)
+    with pytest.raises(UserError, match=r"skills\[3\] = . for .*begun with 9; need"):
+        data.record(env, tmp_path / "5 1", 12, 5, 5)
 
 
 def test_vec_env_equals_single_envs():

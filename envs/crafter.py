@@ -393,9 +393,9 @@ class CrafterPlayer:
         self.rules, self.world, self.me = crafter.constants, env._world, env._player
         self.have, self.done = self.me.inventory, self.me.achievements
         self.map = np.zeros(self.world.area, int)    # material ids; 0: not seen yet
-        self.rng, self.skill, self.digs = rng, SKILLS[skill], skill != "curious"
-        career = self.in_vain() if skill == "curious" else self.career()
-        self.stack, self.clock = [career], 0
+        self.rng, self.skill = rng, SKILLS[skill]
+        self.digs = skill != "curious"
+        self.stack, self.clock = [self.career() if self.digs else self.in_vain()], 0
         self.queue = []                              # actions of dithering
         self.retry = {}                              # plan: not again before this step
         self.sleepy = rng.choice([1, 2, 3])    # energy at which to go to sleep

@@ -723,6 +723,71 @@ def test_runs_of_an_exercise_are_compared_fairly(tmp_path, monkeypatch):
     assert not exercises.same_file("agent", "crafter", "exploit")
 
 
+def test_an_own_world_must_answer_to_its_actions(tmp_path, monkeypatch):
+    """Fails if a dream that is as good under other actions passes, or another world's."""
+    monkeypatch.chdir(tmp_path)
+    readme = (results.ROOT / "README.md").read_text()
+    world = re.search(r"```python\n(# mygame.*?)```", readme, re.S)[1]
+    Path("exercises").mkdir()
+    Path("exercises/world.py").write_text(world)
+    with pytest.raises(exercises.NotYet, match="runs/world is missing"):
+        exercises.own_world()
+    for env, gain, why in (("mygame:Game", 1.0, "another world"),
+                           ("exercises.world:Game", -1.0, "gain_over_shuffled"),
+                           ("exercises.world:Game", 1.0, "")):
+        Path("runs/world").mkdir(parents=True, exist_ok=True)
+        data.write_json(Path("runs/world/config.json"), {"data": {"env": env}})
+        rows = [play.Result(name, low, low, low, 9, "dB", {"horizon": 1}) for name, low in
+                (("gain_over_copying", 1.0), ("gain_over_shuffled", gain))]
+        play.forget_results(Path("runs/world"))
+        play.add_results(Path("runs/world"), "", rows)
+        with pytest.raises(exercises.NotYet, match=why) if why else nullcontext():
+            exercises.own_world()
+    crash = world.replace("action]", "action + 4]")             # out of range, mostly
+    Path("exercises/world.py").write_text(crash)
+    with pytest.raises(exercises.NotYet, match="IndexError"):
+        exercises.own_world()
+
+
+def test_the_exploit_must_imagine_more_and_reach_less(tmp_path, monkeypatch):
+    """Fails if runs that were judged otherwise, or have no remedy, pass the exercise."""
+    monkeypatch.chdir(tmp_path)
+    names = ("data", "tokenizer", "dynamics", "agent", "train")
+
+    def write(run, beta, score, reward, length=500, remedy=0):
+        folder = Path("runs", run)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {name: {} for name in names} | {
+            "data": {"eval_length": length}, "agent": {"pmpo_beta": beta, "gamma": remedy},
+            "train": {"log_every": score, "compile": True, "shard": False}}
+        if run == "exploit":
+            config["train"]["log_every"] = 5.0          # crafter's, all else must be alike
+        data.write_json(folder / "config.json", config)
+        (folder / "agent.pt").write_text("one BC")
+        lines = [{"stage": "imagine", "step": i, "imagined_reward": reward} for i in (1, 2)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(data.json.dumps, lines)) + "\n")
+        play.forget_results(folder)
+        play.add_results(folder, f"python play.py eval --run runs/{run}", [play.Result(
+            "achievements", score, score, score, 9, "", {"agent": "imagination"})])
+
+    def verdict(why):
+        with pytest.raises(exercises.NotYet, match=why) if why else nullcontext():
+            exercises.exploit()
+
+    write("crafter", 0.3, 5.0, 0.1)
+    write("exploit", 0.0, 3.0, 0.2)
+    write("stopped", 0.0, 4.0, 0.1, remedy=1)
+    verdict("")
+    write("stopped", 0.3, 4.0, 0.1)
+    verdict("all the settings")
+    write("stopped", 0.0, 4.0, 0.1, length=20, remedy=1)
+    verdict("judged otherwise")
+    write("stopped", 0.0, 3.0, 0.1, remedy=1)
+    verdict("need fewer than crafter and stopped, 3.00")
+    write("exploit", 0.0, 2.0, 0.1)
+    verdict("imagined reward")
+
+
 def test_memory_of_one_gpu_among_eight():
     """Fails if weights, gradients (4 bytes each, whole in a step) or an eighth of the rest
     are left out; or what goes into each of 36 blocks, 2,048 wide, and all of one block, for
